@@ -1,0 +1,47 @@
+# Everything runs in .venv, which the first call makes. PYTHON picks the interpreter it is made from (>= 3.10).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test lint format bench wheel clean
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+venv: $(STAMP)  ## create .venv with everything a CPU machine needs
+
+$(STAMP): pyproject.toml kernels/CMakeLists.txt $(wildcard kernels/csrc/*)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "trivium needs Python >= 3.10, $(PYTHON) is older")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing trivium and its packages into $(VENV) (the first time: a few GB, some minutes)"
+	@$(BIN)/python -m pip install --quiet --upgrade pip
+	@$(BIN)/python -m pip install --quiet --editable '.[all,dev]'
+	@touch $@
+
+demo: venv  ## the main job on Fashion-MNIST: train, export, serve, ask, report (build/demo)
+	$(BIN)/trivium demo --out build/demo
+
+test: lint  ## lint, types and all fast tests
+	$(BIN)/python -m pytest
+
+lint: venv  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: venv  ## rewrite the sources in the house's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: venv  ## CPU benchmarks into build/bench
+	$(BIN)/python -m tests.bench
+
+wheel: venv  ## one wheel for every Python, in dist
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+	@ls dist/*.whl
+
+clean:  ## remove everything that was built, .venv included
+	rm -rf build dist $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis

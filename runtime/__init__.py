@@ -1,0 +1,1 @@
+"""Serving: from picture bytes to a routed, uncertainty-aware answer."""

@@ -1,0 +1,265 @@
+"""The bundle: a directory that holds a compiled model and manifest.json, which says all that is needed to serve it.
+
+BUNDLE.md is the format's specification. Nothing in a bundle is ever executed or unpickled, every file is listed with
+its size and SHA-256, and every reason to refuse one is an error class of its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from .errors import DigestMismatch, ExtraFile, ManifestError, MissingFile, UnknownSchema, UnsafePath
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+MANIFEST_LIMIT = 16 << 20
+"""Bytes; a longer manifest is refused before it is parsed."""
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class Strict(BaseModel):
+    """Frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Preprocessing(Strict):
+    """From a decoded picture to the model's uint8 input; mean and std are applied inside the graph."""
+
+    height: Annotated[int, Field(ge=1, le=4096)]
+    width: Annotated[int, Field(ge=1, le=4096)]
+    resize: Annotated[int, Field(ge=1, le=8192)] | None = None
+    """Pixels of the shorter side before the centre crop; None: straight to height x width."""
+    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bilinear"
+    mean: tuple[Finite, Finite, Finite]
+    """Per channel, of pixels in [0, 1]."""
+    std: tuple[Positive, Positive, Positive]
+    color_order: Literal["RGB"] = "RGB"
+    dtype: Literal["uint8"] = "uint8"
+    layout: Literal["NHWC"] = "NHWC"
+
+
+class Dropout(Strict):
+    """The Monte-Carlo-dropout passes; the masks themselves lie in the graph."""
+
+    rate: Annotated[float, Field(ge=0, lt=1)]
+    passes: Annotated[int, Field(ge=1, le=1024)]
+    seed: Annotated[int, Field(ge=0, lt=2**64)]
+
+
+class PaperRule(Strict):
+    """METHODS of "Efficiently Robustify": heads that agree answer together, else the relatively surest one answers."""
+
+    divergence_threshold: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    """delta in nats: a percentile of the symmetrised KL between clean and robust on clean calibration pictures."""
+    entropy_scale: dict[str, Positive]
+    """Mean predictive entropy in nats of each head on its own calibration domain; divides the head's entropy."""
+
+
+class BlendRule(Strict):
+    """Shift detector: logistic on log-scaled scores. Shifted -> combined head, else mean of clean and combined."""
+
+    weights: dict[Literal["divergence", "mutual_information", "energy"], Finite]
+    center: dict[Literal["divergence", "mutual_information", "energy"], Finite]
+    scale: dict[Literal["divergence", "mutual_information", "energy"], Positive]
+    intercept: Finite
+    threshold: Annotated[float, Field(ge=0, le=1)]
+    """A picture counts as shifted where its probability of being shifted exceeds this."""
+
+
+class RouterSettings(Strict):
+    """Which rule answers when a request names none, and the numbers its rules need."""
+
+    default: str
+    paper: PaperRule | None = None
+    blend: BlendRule | None = None
+
+
+class Calibration(Strict):
+    """Where the router's numbers and the temperatures come from."""
+
+    temperature: dict[str, Positive]
+    """Per head; already part of the graph, here for the record."""
+    mixture: dict[str, Finite]
+    """Share of each kind of calibration picture, say {"clean": 0.5, "gaussian_blur": 0.125, ...}."""
+    pictures: Annotated[int, Field(ge=0)]
+    data: str
+    """Where the calibration pictures came from, in words."""
+    seed: int
+    routers: list[dict[str, Any]]
+    """One row a candidate: router, accuracy, difference to the best single head with its interval, negative flips."""
+    chosen_because: str
+
+
+class File(Strict):
+    """One file of the bundle."""
+
+    path: str
+    size: Annotated[int, Field(ge=0)]
+    """Bytes."""
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class Manifest(Strict):
+    """manifest.json, schema version 1."""
+
+    format: Literal["trivium-bundle"] = "trivium-bundle"
+    schema_version: Literal[1] = SCHEMA_VERSION
+    name: Name
+    version: Annotated[str, Field(pattern=r"^[1-9][0-9]{0,8}$")] = "1"
+    classes: Annotated[list[str], Field(min_length=1)]
+    heads: Annotated[list[Name], Field(min_length=1, max_length=16)]
+    preprocessing: Preprocessing
+    dropout: Dropout
+    router: RouterSettings
+    model: str = "model.onnx"
+    golden: str | None = None
+    """An .npz with `image` (the graph's input) and the graph's outputs, which a server repeats before it is ready."""
+    tolerances: dict[str, Finite] = {}
+    """Largest difference measured at export between implementations, by name."""
+    calibration: Calibration | None = None
+    provenance: dict[str, Any] = {}
+    training: dict[str, Any] = {}
+    files: list[File]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Manifest:
+        if len(set(self.heads)) != len(self.heads):
+            raise ValueError("head names must differ")
+        listed = [file.path for file in self.files]
+        if len(set(listed)) != len(listed):
+            raise ValueError("a file is listed twice")
+        for path in (self.model, self.golden):
+            if path is not None and path not in listed:
+                raise ValueError(f"{path} is not among the listed files")
+        return self
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle that was read and found whole."""
+
+    path: Path
+    manifest: Manifest
+
+    @property
+    def model_path(self) -> Path:
+        return self.path / self.manifest.model
+
+    @property
+    def golden_path(self) -> Path | None:
+        return self.path / self.manifest.golden if self.manifest.golden else None
+
+
+def open_bundle(path: str | os.PathLike[str]) -> Bundle:
+    """Read and verify a bundle, every byte of it.
+
+    Raises: a subclass of BundleError that names the file and the reason.
+    """
+    root = Path(path)
+    manifest = read_manifest(root)
+    for file in manifest.files:
+        target = root / _safe(file.path)
+        size = _regular_size(target, file.path)
+        if size != file.size:
+            raise DigestMismatch(f"{file.path}: {size} bytes, the manifest says {file.size}")
+        if digest(target) != file.sha256:
+            raise DigestMismatch(f"{file.path}: SHA-256 differs from the manifest's")
+    listed = {file.path for file in manifest.files}
+    for directory, folders, names in os.walk(root):
+        for name in names + [folder for folder in folders if (Path(directory) / folder).is_symlink()]:
+            relative = (Path(directory) / name).relative_to(root).as_posix()
+            if relative != MANIFEST and relative not in listed:
+                raise ExtraFile(f"{relative}: not listed in the manifest")
+    return Bundle(root, manifest)
+
+
+def read_manifest(root: Path) -> Manifest:
+    """Read manifest.json alone.
+
+    Raises: ManifestError, UnknownSchema, UnsafePath.
+    """
+    target = root / MANIFEST
+    try:
+        size = _regular_size(target, MANIFEST)
+    except MissingFile:
+        raise ManifestError(f"{root}: no {MANIFEST} in it, so this is no bundle") from None
+    if size > MANIFEST_LIMIT:
+        raise ManifestError(f"{MANIFEST}: {size} bytes, more than {MANIFEST_LIMIT}")
+    try:
+        document = json.loads(target.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ManifestError(f"{MANIFEST}: no valid JSON ({error})") from None
+    if not isinstance(document, dict) or document.get("format") != "trivium-bundle":
+        raise ManifestError(f"{MANIFEST}: not a trivium bundle's manifest")
+    if document.get("schema_version") != SCHEMA_VERSION:
+        found = str(document.get("schema_version"))[:40]
+        raise UnknownSchema(f"{MANIFEST}: schema version {found}, this release reads {SCHEMA_VERSION}")
+    try:
+        manifest = Manifest.model_validate(document)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "manifest"
+        raise ManifestError(f"{MANIFEST}: {where}: {first['msg']}") from None
+    for file in manifest.files:
+        _safe(file.path)
+    return manifest
+
+
+def seal(root: Path, manifest: Manifest) -> Bundle:
+    """List every file under root in the manifest with size and digest, write manifest.json last, and verify.
+
+    `manifest.files` is replaced by what lies in root.
+    """
+    paths = sorted(p for p in root.rglob("*") if p.is_file() and p.relative_to(root).as_posix() != MANIFEST)
+    files = [File(path=p.relative_to(root).as_posix(), size=p.stat().st_size, sha256=digest(p)) for p in paths]
+    document = manifest.model_dump(mode="json") | {"files": [file.model_dump() for file in files]}
+    text = json.dumps(Manifest.model_validate(document).model_dump(mode="json"), indent=2, ensure_ascii=False)
+    (root / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    return open_bundle(root)
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    with path.open("rb") as file:
+        hasher = hashlib.sha256()
+        while block := file.read(1 << 20):
+            hasher.update(block)
+    return hasher.hexdigest()
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema of the manifest, made from the code."""
+    return Manifest.model_json_schema()
+
+
+def _safe(path: str) -> PurePosixPath:
+    pure = PurePosixPath(path)
+    if not path or "\\" in path or "\0" in path or pure.is_absolute() or ".." in pure.parts or str(pure) != path:
+        raise UnsafePath(f"{path[:200]!r}: not a plain path inside the bundle")
+    if path == MANIFEST:
+        raise UnsafePath(f"{path!r}: the manifest cannot list itself")
+    return pure
+
+
+def _regular_size(target: Path, name: str) -> int:
+    try:
+        status = target.lstat()
+    except FileNotFoundError:
+        raise MissingFile(f"{name}: missing") from None
+    except OSError as error:
+        raise UnsafePath(f"{name[:200]!r}: {error.strerror}") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise UnsafePath(f"{name}: not a regular file")
+    return status.st_size
