@@ -24,9 +24,10 @@ def dropout_masks(passes: int, units: int, keep: float, seed: int) -> NDArray[np
     words = uniform_words(passes + 1, units, seed)
     # The last row decides, unit by unit, whether the fraction of keep * passes rounds up.
     whole = int(np.floor(keep * passes + 1e-9))
-    up = words[passes] < np.uint32(min(round((keep * passes - whole) * 2**32), 2**32 - 1)) if whole < passes else 0
+    fraction = max(keep * passes - whole, 0.0)
+    up = words[passes] < np.uint32(round(fraction * 2**32))
     rank = np.argsort(np.argsort(words[:passes], axis=0, kind="stable"), axis=0, kind="stable")
-    return (rank < whole + np.asarray(up, np.int64)).astype(np.uint8)
+    return (rank < whole + up.astype(np.int64)).astype(np.uint8)
 
 
 def uniform_words(passes: int, units: int, seed: int) -> NDArray[np.uint32]:
