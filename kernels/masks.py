@@ -40,7 +40,7 @@ def uniform_words(passes: int, units: int, seed: int) -> NDArray[np.uint32]:
 
 
 def philox4x32(counter: NDArray[np.uint32], seed: int) -> NDArray[np.uint32]:
-    """Philox4x32-10 (Salmon et al. 2011): counter [4, ...] and a 64-bit seed as key give four uniform words [4, ...]."""
+    """Philox4x32-10 (Salmon et al. 2011): counter [4, ...] under a 64-bit key gives four uniform words [4, ...]."""
     c0, c1, c2, c3 = counter.astype(np.uint64)
     k0, k1 = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
     low = np.uint64(0xFFFFFFFF)
