@@ -5,6 +5,7 @@ import sys
 from importlib.metadata import EntryPoint, entry_points, version
 
 import pytest
+
 from trivium.runtime.cli import COMMANDS, load
 from trivium.runtime.errors import MissingExtra
 
