@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import onnx
@@ -14,7 +14,7 @@ from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 
 from trivium.export.graph import OUTPUTS, append_heads, mc_heads_function
-from trivium.kernels import dropout_masks, mc_heads_ref
+from trivium.kernels import HeadStatistics, dropout_masks, mc_heads_ref
 
 Heads = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, float]
 PROBABILITY_TOLERANCE = 1e-6
@@ -52,7 +52,7 @@ def session(model: onnx.ModelProto, level: str = "ORT_ENABLE_ALL") -> ort.Infere
     return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
-def assert_agree(found: Sequence[np.ndarray], expected: Sequence[np.ndarray]) -> None:
+def assert_agree(found: Any, expected: HeadStatistics) -> None:
     for name, a, b in zip(OUTPUTS, found, expected, strict=True):
         tolerance = PROBABILITY_TOLERANCE if name == "probabilities" else STATISTICS_TOLERANCE
         np.testing.assert_allclose(a, b, rtol=0, atol=tolerance, err_msg=name)
