@@ -1,0 +1,112 @@
+"""Measures against values computed by hand, and against their definitions on random answers."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trivium.train import metrics
+
+
+def random_answers(n: int = 400, classes: int = 5, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    generator = np.random.default_rng(seed)
+    return generator.dirichlet(np.full(classes, 0.4), n), generator.integers(0, classes, n)
+
+
+def test_accuracy_and_flips_by_hand() -> None:
+    labels = [0, 1, 2, 3, 0]
+    original = [0, 1, 0, 3, 1]
+    new = [0, 2, 2, 0, 1]
+    assert metrics.accuracy(original, labels) == pytest.approx(3 / 5)
+    assert metrics.negative_flips(original, new, labels) == pytest.approx(2 / 5)
+    assert metrics.positive_flips(original, new, labels) == pytest.approx(1 / 5)
+
+
+def test_flips_explain_the_change_of_accuracy() -> None:
+    generator = np.random.default_rng(1)
+    labels, original, new = generator.integers(0, 3, (3, 200))
+    change = metrics.accuracy(new, labels) - metrics.accuracy(original, labels)
+    gained = metrics.positive_flips(original, new, labels)
+    assert change == pytest.approx(gained - metrics.negative_flips(original, new, labels))
+
+
+def test_calibration_error_by_hand() -> None:
+    # two pictures at .9, one right: gap .4; two at .6, both right: gap .4; one at .5, wrong: gap .5
+    p = [[0.9, 0.1], [0.9, 0.1], [0.6, 0.4], [0.6, 0.4], [0.5, 0.5]]
+    diagram = metrics.reliability(p, [0, 1, 0, 0, 1], bins=10)
+    assert diagram.count.tolist() == [0, 0, 0, 0, 1, 2, 0, 0, 2, 0]
+    assert metrics.calibration_error(diagram) == pytest.approx((2 * 0.4 + 2 * 0.4 + 1 * 0.5) / 5)
+    assert np.isnan(diagram.accuracy[0])
+
+
+def test_a_perfect_and_sure_classifier_has_no_calibration_error() -> None:
+    assert metrics.expected_calibration_error(np.eye(4), np.arange(4)) == 0.0
+    assert metrics.expected_calibration_error(np.eye(4), np.arange(4)[::-1]) == 1.0
+
+
+def test_brier_and_likelihood_by_hand() -> None:
+    p = [[0.8, 0.2, 0.0], [0.1, 0.1, 0.8]]
+    assert metrics.brier(p, [0, 1]) == pytest.approx(((0.04 + 0.04) + (0.01 + 0.81 + 0.64)) / 2)
+    assert metrics.negative_log_likelihood(p, [0, 1]) == pytest.approx(-(np.log(0.8) + np.log(0.1)) / 2)
+
+
+def test_likelihood_of_an_impossible_label_is_finite() -> None:
+    assert metrics.negative_log_likelihood([[1.0, 0.0]], [1]) == pytest.approx(-np.log(1e-30))
+
+
+def test_brier_is_the_squared_distance_to_the_label() -> None:
+    p, labels = random_answers()
+    assert metrics.brier(p, labels) == pytest.approx(((p - np.eye(5)[labels]) ** 2).sum(1).mean())
+
+
+def test_auroc_by_hand_and_where_it_is_undefined() -> None:
+    assert metrics.auroc([0.1, 0.2, 0.2, 0.9], [False, True, False, True]) == pytest.approx(3.5 / 4)
+    assert metrics.auroc([0.1, 0.2], [True, True]) is None
+    assert metrics.auroc([0.1, 0.2], [False, False]) is None
+
+
+def test_risk_coverage_by_hand() -> None:
+    curve = metrics.risk_coverage([0.9, 0.2, 0.8, 0.5], [True, False, False, True])
+    assert curve.coverage.tolist() == [0.25, 0.5, 0.75, 1.0]
+    assert curve.risk == pytest.approx([0, 1 / 2, 1 / 3, 2 / 4])
+    assert metrics.accuracy_at_coverage([0.9, 0.2, 0.8, 0.5], [True, False, False, True], 0.75) == pytest.approx(2 / 3)
+
+
+def test_full_coverage_is_plain_accuracy_and_80_percent_counts_whole_pictures() -> None:
+    confidence, correct = np.arange(10.0), np.arange(10) >= 2
+    assert metrics.accuracy_at_coverage(confidence, correct, 1.0) == pytest.approx(0.8)
+    assert metrics.accuracy_at_coverage(confidence, correct) == 1.0
+
+
+def test_mean_corruption_accuracy_weighs_corruptions_not_severities() -> None:
+    table = {("fog", 1): 0.8, ("fog", 2): 0.6, ("snow", 1): 0.3, ("frost", 1): 0.0}
+    assert metrics.mean_corruption_accuracy(table, leave_out=["frost"]) == pytest.approx((0.7 + 0.3) / 2)
+    assert np.isnan(metrics.mean_corruption_accuracy(table, leave_out=["frost", "fog", "snow"]))
+
+
+def test_bootstrap_agrees_with_the_normal_interval() -> None:
+    difference = np.random.default_rng(3).choice([-1.0, 0.0, 1.0], 2000, p=[0.05, 0.85, 0.10])
+    interval = metrics.paired_bootstrap(difference)
+    half = 1.96 * difference.std() / np.sqrt(len(difference))
+    assert interval.mean == difference.mean()
+    assert interval.low == pytest.approx(difference.mean() - half, abs=half * 0.1)
+    assert interval.high == pytest.approx(difference.mean() + half, abs=half * 0.1)
+
+
+def test_bootstrap_is_deterministic_and_exact_where_nothing_differs() -> None:
+    difference = np.random.default_rng(4).normal(size=100)
+    assert metrics.paired_bootstrap(difference, seed=5) == metrics.paired_bootstrap(difference, seed=5)
+    assert metrics.paired_bootstrap(difference, seed=5) != metrics.paired_bootstrap(difference, seed=6)
+    assert metrics.paired_bootstrap(np.zeros(50)) == (0.0, 0.0, 0.0)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 60), st.integers(2, 6), st.integers(0, 2**31))
+def test_measures_stay_in_their_ranges(n: int, classes: int, seed: int) -> None:
+    p, labels = random_answers(n, classes, seed)
+    diagram = metrics.reliability(p, labels)
+    assert diagram.count.sum() == n
+    assert 0 <= metrics.calibration_error(diagram) <= 1
+    assert 0 <= metrics.brier(p, labels) <= 2
+    correct = p.argmax(1) == labels
+    assert metrics.risk_coverage(p.max(1), correct).risk[-1] == pytest.approx(1 - correct.mean())
