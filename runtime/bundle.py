@@ -26,6 +26,9 @@ MANIFEST_LIMIT = 16 << 20
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+THREE_HEADS = ("clean", "robust", "combined")
+RULES = ("mean", "min_entropy", "paper", "blend")
+"""Routers that are no head's name."""
 
 
 class Strict(BaseModel):
@@ -49,6 +52,12 @@ class Preprocessing(Strict):
     dtype: Literal["uint8"] = "uint8"
     layout: Literal["NHWC"] = "NHWC"
 
+    @model_validator(mode="after")
+    def _crop_fits(self) -> Preprocessing:
+        if self.resize is not None and self.resize < max(self.height, self.width):
+            raise ValueError(f"resize {self.resize} is smaller than the crop {self.height} x {self.width}")
+        return self
+
 
 class Dropout(Strict):
     """The Monte-Carlo-dropout passes; the masks themselves lie in the graph."""
@@ -66,6 +75,12 @@ class PaperRule(Strict):
     entropy_scale: dict[str, Positive]
     """Mean predictive entropy in nats of each head on its own calibration domain; divides the head's entropy."""
 
+    @model_validator(mode="after")
+    def _has_both(self) -> PaperRule:
+        if missing := {"clean", "robust"} - set(self.entropy_scale):
+            raise ValueError(f"entropy_scale lacks {', '.join(sorted(missing))}")
+        return self
+
 
 class BlendRule(Strict):
     """Shift detector: logistic on log-scaled scores. Shifted -> combined head, else mean of clean and combined."""
@@ -76,6 +91,12 @@ class BlendRule(Strict):
     intercept: Finite
     threshold: Annotated[float, Field(ge=0, le=1)]
     """A picture counts as shifted where its probability of being shifted exceeds this."""
+
+    @model_validator(mode="after")
+    def _has_all(self) -> BlendRule:
+        if not self.weights.keys() == self.center.keys() == self.scale.keys():
+            raise ValueError("weights, center and scale must name the same scores")
+        return self
 
 
 class RouterSettings(Strict):
@@ -115,7 +136,7 @@ class Manifest(Strict):
     """manifest.json, schema version 1."""
 
     format: Literal["trivium-bundle"] = "trivium-bundle"
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[1] = 1
     name: Name
     version: Annotated[str, Field(pattern=r"^[1-9][0-9]{0,8}$")] = "1"
     classes: Annotated[list[str], Field(min_length=1)]
@@ -143,7 +164,20 @@ class Manifest(Strict):
         for path in (self.model, self.golden):
             if path is not None and path not in listed:
                 raise ValueError(f"{path} is not among the listed files")
+        if taken := set(self.heads) & set(RULES):
+            raise ValueError(f"a head cannot be called {min(taken)}, which is a router's name")
+        if self.router.default not in self.routers():
+            raise ValueError(f"router.default {self.router.default!r} is none of: {', '.join(self.routers())}")
         return self
+
+    def routers(self) -> list[str]:
+        """Names a request may route by: every head, then the rules that have the heads and the numbers they need."""
+        names = list(self.heads)
+        if len(self.heads) > 1:
+            names += ["mean", "min_entropy"]
+        if set(THREE_HEADS) <= set(self.heads):
+            names += [name for name in ("paper", "blend") if getattr(self.router, name) is not None]
+        return names
 
 
 @dataclass(frozen=True)

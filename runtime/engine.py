@@ -1,0 +1,226 @@
+"""The engine: a bundle's graph in ONNX Runtime, from uint8 pictures to the statistics of its heads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trivium import kernels as trivium_kernels
+from trivium.kernels import HeadStatistics
+
+from .bundle import Bundle
+from .errors import EngineError, InvalidRequest, MissingExtra
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+INPUT = "image"
+OUTPUTS = list(HeadStatistics._fields)
+SELF_TEST_TOLERANCE = {
+    "probabilities": 2e-3,
+    "predictive_entropy": 2e-2,
+    "mutual_information": 2e-2,
+    "divergence": 2e-2,
+    "energy": 2e-2,
+}
+"""Largest |difference| / max(1, |expected|) from the golden answers that a self-test takes for the same model: wide
+enough for another processor's instructions and for bfloat16 head weights, far below any wrong weight or input."""
+
+
+class Engine:
+    """One ONNX Runtime session over a bundle's graph. Any number of threads may call `run` at once.
+
+    Args:
+        bundle: opened and verified.
+        kernels: "on" insists on the fused MCHeads kernel, "off" runs the graph's own function of standard ops, and
+            "auto" takes the kernel where it can be registered.
+        device: "cuda" needs onnxruntime-gpu and a card.
+        threads: of ONNX Runtime within one picture. Throughput is best with 1 and as many callers as cores.
+
+    Raises: MissingExtra without onnxruntime; EngineError where the graph does not load, does not have the inputs and
+        outputs of the manifest, or the kernel or device asked for is not to be had.
+    """
+
+    kernels: Literal["fused", "function"]
+    """Which of the two really runs."""
+    kernels_reason: str
+    """Why that one, in a few words."""
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        kernels: Literal["auto", "on", "off"] = "auto",
+        device: Literal["cpu", "cuda"] = "cpu",
+        threads: int = 1,
+    ) -> None:
+        self.bundle = bundle
+        self.device = device
+        ort = _onnxruntime(device)
+        self.kernels, self.kernels_reason, options = _options(ort, kernels, threads)
+        providers = ["CPUExecutionProvider"] if device == "cpu" else ["CUDAExecutionProvider", "CPUExecutionProvider"]
+        try:
+            self._session = ort.InferenceSession(str(bundle.model_path), options, providers=providers)
+        except Exception as error:  # onnxruntime's exceptions share no base class below Exception
+            raise EngineError(f"{bundle.manifest.model}: ONNX Runtime cannot load it: {_first_line(error)}") from None
+        if device == "cuda" and self._session.get_providers()[0] != "CUDAExecutionProvider":
+            raise EngineError("ONNX Runtime could not start its CUDA provider: no usable card, driver or cuDNN")
+        self._batched = _check_signature(self._session, bundle)
+        self._shrink = ort.RunOptions()
+        self._shrink.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+
+    def run(self, images: NDArray[np.uint8]) -> HeadStatistics:
+        """Statistics, float32, of pictures uint8 [N, H, W, 3], N >= 1.
+
+        On a CPU the pictures run one by one: a larger batch is slower there, and so an answer cannot depend on what
+        shares its batch, bit for bit.
+
+        Raises: InvalidRequest where the pictures do not fit the model; EngineError where the graph fails.
+        """
+        self._check(images)
+        if self.device == "cuda" and self._batched:
+            return self._run(images)
+        if len(images) == 1:
+            return self._run(images)
+        rows = [self._run(images[i : i + 1]) for i in range(len(images))]
+        return HeadStatistics(*(np.concatenate(column) for column in zip(*rows, strict=True)))
+
+    def run_batch(self, images: NDArray[np.uint8], batch: int = 64) -> HeadStatistics:
+        """As `run`, in real batches: for evaluation, where the last bits may depend on the batch.
+
+        Gives the memory of the large batch back after each.
+        """
+        self._check(images)
+        if not self._batched:
+            return self.run(images)
+        rows = [self._run(images[i : i + batch], self._shrink) for i in range(0, len(images), batch)]
+        return HeadStatistics(*(np.concatenate(column) for column in zip(*rows, strict=True)))
+
+    def self_test(self) -> None:
+        """Repeat the bundle's golden pictures, or where it has none see that the graph gives finite numbers.
+
+        Raises: EngineError where an output differs by more than SELF_TEST_TOLERANCE.
+        """
+        path = self.bundle.golden_path
+        if path is None:
+            preprocessing = self.bundle.manifest.preprocessing
+            found = self.run(np.zeros((1, preprocessing.height, preprocessing.width, 3), np.uint8))
+            if not all(np.isfinite(values).all() for values in found):
+                raise EngineError("self-test: the model's answer to a black picture is not finite")
+            return
+        golden = _read_golden(path)
+        try:
+            found = self.run(golden[INPUT])
+        except InvalidRequest as error:
+            raise EngineError(f"self-test: {path.name}: {error}") from None
+        for name, values in found._asdict().items():
+            expected = golden[name]
+            if expected.shape != values.shape or not np.isfinite(expected).all():
+                raise EngineError(f"self-test: {path.name}: {name} is not finite {list(values.shape)}")
+            difference = float(np.max(np.abs(values - expected) / np.maximum(1, np.abs(expected))))
+            # written so that a NaN fails
+            if not difference <= SELF_TEST_TOLERANCE[name]:
+                raise EngineError(
+                    f"self-test: {name} differs by {difference:.2g} from the answer recorded at export, "
+                    f"more than {SELF_TEST_TOLERANCE[name]:g} ({self.kernels} kernels)"
+                )
+
+    def _run(self, images: NDArray[np.uint8], options: Any = None) -> HeadStatistics:
+        try:
+            return HeadStatistics(*self._session.run(OUTPUTS, {INPUT: images}, options))
+        except Exception as error:  # as above
+            raise EngineError(f"{self.bundle.manifest.model}: ONNX Runtime failed: {_first_line(error)}") from None
+
+    def _check(self, images: NDArray[np.uint8]) -> None:
+        preprocessing = self.bundle.manifest.preprocessing
+        shape = (preprocessing.height, preprocessing.width, 3)
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != shape or len(images) == 0:
+            raise InvalidRequest(
+                f"pictures must be uint8 [N, {shape[0]}, {shape[1]}, 3] with N >= 1, "
+                f"got {images.dtype} {list(images.shape)}"
+            )
+
+
+def _onnxruntime(device: str) -> Any:
+    try:
+        import onnxruntime as ort
+    except ModuleNotFoundError:
+        extra = "cpu" if device == "cpu" else "gpu"
+        raise MissingExtra(f"the package 'onnxruntime' is not installed; run: pip install 'trivium[{extra}]'") from None
+    if device == "cuda" and "CUDAExecutionProvider" not in ort.get_available_providers():
+        raise EngineError(
+            "this ONNX Runtime has no CUDA provider; run: pip uninstall onnxruntime && pip install 'trivium[gpu]'"
+        )
+    return ort
+
+
+def _options(
+    ort: Any, kernels: Literal["auto", "on", "off"], threads: int
+) -> tuple[Literal["fused", "function"], str, onnxruntime.SessionOptions]:
+    def fresh() -> Any:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 4
+        # A spinning worker steals the core of the next session.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.add_session_config_entry("session.inter_op.allow_spinning", "0")
+        return options
+
+    if kernels == "off":
+        return "function", "switched off", fresh()
+    find: Any = getattr(trivium_kernels, "custom_ops_library", None)
+    try:
+        library = find() if find is not None else None
+        if library is None or not Path(library).is_file():
+            raise OSError("this installation holds no kernel library")
+        options = fresh()
+        options.register_custom_ops_library(str(library))
+    except Exception as error:  # onnxruntime's exceptions share no base class below Exception
+        reason = f"the kernel cannot be registered: {_first_line(error)}"
+        if kernels == "on":
+            raise EngineError(reason) from None
+        return "function", reason, fresh()
+    return "fused", f"registered from {Path(library).name}", options
+
+
+def _check_signature(session: Any, bundle: Bundle) -> bool:
+    """See that the graph is the manifest's; True where its batch axis is free."""
+    manifest = bundle.manifest
+    inputs = session.get_inputs()
+    height, width = manifest.preprocessing.height, manifest.preprocessing.width
+    if [i.name for i in inputs] != [INPUT] or inputs[0].type != "tensor(uint8)" or len(inputs[0].shape) != 4:
+        raise EngineError(f"{manifest.model}: its one input must be {INPUT!r}, uint8 [N, {height}, {width}, 3]")
+    if inputs[0].shape[1:] != [height, width, 3]:
+        raise EngineError(f"{manifest.model}: its input is {inputs[0].shape}, not [N, {height}, {width}, 3]")
+    k, c = len(manifest.heads), len(manifest.classes)
+    expected = {"probabilities": [k, c], "divergence": [k, k]}
+    found = {output.name: output for output in session.get_outputs()}
+    for name in OUTPUTS:
+        if name not in found:
+            raise EngineError(f"{manifest.model}: it has no output {name!r}")
+        axes = found[name].shape[1:]
+        wanted = expected.get(name, [k])
+        if found[name].type != "tensor(float)" or len(axes) != len(wanted):
+            raise EngineError(f"{manifest.model}: its output {name} must be float32 {['N', *wanted]}")
+        if any(isinstance(a, int) and a != w for a, w in zip(axes, wanted, strict=True)):
+            raise EngineError(
+                f"{manifest.model}: its output {name} is {found[name].shape}, the manifest says {['N', *wanted]}"
+            )
+    return not isinstance(inputs[0].shape[0], int)
+
+
+def _read_golden(path: Path) -> dict[str, NDArray[Any]]:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: archive[name] for name in [INPUT, *OUTPUTS]}
+    except (OSError, ValueError, KeyError, EOFError) as error:
+        raise EngineError(f"self-test: {path.name} cannot be read: {_first_line(error)}") from None
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return (text.splitlines()[0] if text else type(error).__name__)[:300]

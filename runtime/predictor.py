@@ -1,0 +1,123 @@
+"""The predictor: the one way from a picture to an answer, for the server, the command line and calibration alike."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from time import perf_counter_ns
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trivium.kernels import HeadStatistics
+
+from .bundle import Bundle, open_bundle
+from .engine import Engine
+from .errors import EngineError
+from .preprocess import DEFAULT_LIMITS, Limits, decode
+from .router import route
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Nanoseconds that a picture spent in each stage."""
+
+    decode: int = 0
+    queue: int = 0
+    compute: int = 0
+    route: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """The answer to one picture."""
+
+    probabilities: NDArray[np.float32]
+    """[C]: of the routed head."""
+    class_id: int
+    label: str
+    head: str
+    """The head that answered, "mean", or "clean+combined"."""
+    head_probabilities: NDArray[np.float32]
+    """[K, C]."""
+    predictive_entropy: NDArray[np.float32]
+    """[K], nats."""
+    mutual_information: NDArray[np.float32]
+    """[K], nats."""
+    divergence: NDArray[np.float32]
+    """[K, K], nats: KL of the row's head from the column's."""
+    energy: NDArray[np.float32]
+    """[K]."""
+    timings: Timings
+
+
+class Predictor:
+    """A bundle with a running engine. Its methods may be called from any number of threads at once."""
+
+    def __init__(self, bundle: Bundle, engine: Engine, limits: Limits = DEFAULT_LIMITS) -> None:
+        self.bundle = bundle
+        self.manifest = bundle.manifest
+        self.engine = engine
+        self.limits = limits
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        kernels: Literal["auto", "on", "off"] = "auto",
+        device: Literal["cpu", "cuda"] = "cpu",
+        threads: int = 1,
+        limits: Limits = DEFAULT_LIMITS,
+    ) -> Predictor:
+        """Open and verify a bundle, start its engine, and repeat its golden answers.
+
+        Raises: BundleError, EngineError, MissingExtra.
+        """
+        bundle = open_bundle(path)
+        engine = Engine(bundle, kernels=kernels, device=device, threads=threads)
+        engine.self_test()
+        return cls(bundle, engine, limits)
+
+    def decode(self, data: bytes) -> NDArray[np.uint8]:
+        """An encoded picture as the model's input, uint8 [H, W, 3].
+
+        Raises: InvalidPicture.
+        """
+        return decode(data, self.manifest.preprocessing, self.limits)
+
+    def infer(
+        self, image: NDArray[np.uint8], router: str | None = None, *, decode_ns: int = 0, queue_ns: int = 0
+    ) -> Prediction:
+        """Answer one picture, uint8 [H, W, 3]. The time it took before comes back in the answer's timings.
+
+        Raises: InvalidRequest for another shape or an unknown router; EngineError.
+        """
+        start = perf_counter_ns()
+        statistics = self.engine.run(image[None])
+        computed = perf_counter_ns()
+        return self.answer(statistics, router, Timings(decode_ns, queue_ns, computed - start))
+
+    def answer(self, statistics: HeadStatistics, router: str | None, timings: Timings) -> Prediction:
+        """Route the statistics of one picture (N = 1); `timings.route` is measured here.
+
+        Raises: InvalidRequest for an unknown router; EngineError where the statistics are not numbers.
+        """
+        start = perf_counter_ns()
+        routed = route(statistics, self.manifest, router)
+        class_id = int(routed.class_id[0])
+        if class_id < 0:
+            raise EngineError("the model's answer to this picture is not a number")
+        return Prediction(
+            probabilities=routed.probabilities[0],
+            class_id=class_id,
+            label=self.manifest.classes[class_id],
+            head=routed.head[0],
+            head_probabilities=statistics.probabilities[0],
+            predictive_entropy=statistics.predictive_entropy[0],
+            mutual_information=statistics.mutual_information[0],
+            divergence=statistics.divergence[0],
+            energy=statistics.energy[0],
+            timings=Timings(timings.decode, timings.queue, timings.compute, perf_counter_ns() - start),
+        )

@@ -1,0 +1,163 @@
+"""Routers: which head answers a picture, decided from the heads' statistics by one of several rules.
+
+A rule looks at one picture's row alone, so that an answer never depends on the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trivium.kernels import HeadStatistics
+
+from .bundle import Manifest
+from .errors import InvalidRequest
+
+Floats = NDArray[np.float64]
+
+SHIFT_FEATURES = ("divergence", "mutual_information", "energy")
+FLOOR = 1e-4
+"""nats; below it a divergence or a mutual information counts as none when its logarithm is taken."""
+
+
+class Routed(NamedTuple):
+    """The answers to N pictures."""
+
+    probabilities: NDArray[np.float32]
+    """[N, C]."""
+    class_id: NDArray[np.int64]
+    """[N]: the most probable class, the first of equals; -1 where the model's answer is not a number."""
+    head: list[str]
+    """[N]: the head that answered, "mean", or "clean+combined"."""
+
+
+class Choice(NamedTuple):
+    """What a rule decides: weights of the heads in the answer, and what to call it."""
+
+    weights: Floats
+    """[N, K], each row sums to 1."""
+    label: list[str]
+
+
+Rule = Callable[[HeadStatistics, Manifest], Choice]
+
+
+def route(statistics: HeadStatistics, manifest: Manifest, router: str | None = None) -> Routed:
+    """Answer N pictures by the rule named, or the bundle's default.
+
+    Raises: InvalidRequest for a router that this bundle does not have, with those that it has.
+    """
+    name = manifest.router.default if router is None else router
+    available = routers(manifest)
+    if name not in available:
+        raise InvalidRequest(f"unknown router {name[:100]!r}; this model has: {', '.join(available)}")
+    choice = RULES[name](statistics, manifest) if name not in manifest.heads else _head(name, statistics, manifest)
+    # head by head, so that the order of the additions cannot depend on N
+    mixed: Floats = np.zeros((len(choice.label), len(manifest.classes)))
+    for k in range(len(manifest.heads)):
+        weight = choice.weights[:, k, None]
+        # an unused head's NaN must not spread: 0 * NaN is NaN
+        mixed += np.where(weight > 0, weight * statistics.probabilities[:, k].astype(np.float64), 0.0)
+    probabilities = mixed.astype(np.float32)
+    class_id = np.where(np.isnan(probabilities).any(1), -1, probabilities.argmax(1))
+    return Routed(probabilities, class_id.astype(np.int64), choice.label)
+
+
+def routers(manifest: Manifest) -> list[str]:
+    """Names of the routers that the bundle can use: its heads, then the rules whose heads and numbers it has."""
+    return manifest.routers()
+
+
+def shift_features(statistics: HeadStatistics, heads: Sequence[str]) -> Floats:
+    """Scores of whether a picture is unlike the clean training pictures, float64 [N, 3] in SHIFT_FEATURES' order.
+
+    log(FLOOR + symmetrised KL between clean and robust), log(FLOOR + mutual information of the clean head), and the
+    energy of the clean head as it is. `heads` names the statistics' heads and must hold clean and robust.
+    """
+    clean = heads.index("clean")
+    divergence = symmetric_divergence(statistics, clean, heads.index("robust"))
+    information = statistics.mutual_information[:, clean].astype(np.float64)
+    energy = statistics.energy[:, clean].astype(np.float64)
+    return np.stack([np.log(FLOOR + divergence), np.log(FLOOR + information), energy], axis=1)
+
+
+def symmetric_divergence(statistics: HeadStatistics, i: int, j: int) -> Floats:
+    """(KL(p_i || p_j) + KL(p_j || p_i)) / 2 in nats, [N]."""
+    divergence = statistics.divergence.astype(np.float64)
+    return 0.5 * (divergence[:, i, j] + divergence[:, j, i])
+
+
+def shift_probability(statistics: HeadStatistics, manifest: Manifest) -> Floats:
+    """The probability, [N], that BlendRule gives to a picture of being shifted.
+
+    sigmoid(intercept + sum over features of weight * (feature - center) / scale).
+    """
+    rule = manifest.router.blend
+    if rule is None:
+        raise InvalidRequest("this model has no blend rule")
+    features = shift_features(statistics, manifest.heads)
+    score = np.full(len(features), rule.intercept)
+    for column, name in enumerate(SHIFT_FEATURES):
+        if name in rule.weights:
+            score = score + rule.weights[name] * (features[:, column] - rule.center[name]) / rule.scale[name]
+    # exp of a negative number alone, so that nothing overflows
+    decay = np.exp(-np.abs(score))
+    probability: Floats = np.where(score >= 0, 1 / (1 + decay), decay / (1 + decay))
+    return probability
+
+
+def _single(index: NDArray[np.intp], manifest: Manifest) -> Choice:
+    return Choice(np.eye(len(manifest.heads))[index], [manifest.heads[i] for i in index.tolist()])
+
+
+def _head(name: str, statistics: HeadStatistics, manifest: Manifest) -> Choice:
+    index = np.full(len(statistics.energy), manifest.heads.index(name))
+    return _single(index, manifest)
+
+
+def _mean(statistics: HeadStatistics, manifest: Manifest) -> Choice:
+    n, k = statistics.energy.shape
+    return Choice(np.full((n, k), 1 / k), ["mean"] * n)
+
+
+def _min_entropy(statistics: HeadStatistics, manifest: Manifest) -> Choice:
+    """The head of least predictive entropy, the first of equals."""
+    return _single(statistics.predictive_entropy.argmin(1), manifest)
+
+
+def _paper(statistics: HeadStatistics, manifest: Manifest) -> Choice:
+    """Heads that agree answer together, else the relatively surest of clean and robust answers.
+
+    A reconstruction of the selection of "Efficiently Robustify Pre-trained Models" (ICCV 2023): symmetrised KL of
+    clean and robust up to delta -> combined; else the least of predictive entropy / its calibration mean, clean first.
+    """
+    rule = manifest.router.paper
+    assert rule is not None
+    clean, robust, combined = (manifest.heads.index(name) for name in ("clean", "robust", "combined"))
+    agree = symmetric_divergence(statistics, clean, robust) <= rule.divergence_threshold
+    entropy = statistics.predictive_entropy.astype(np.float64)
+    surest = np.where(
+        entropy[:, clean] / rule.entropy_scale["clean"] <= entropy[:, robust] / rule.entropy_scale["robust"],
+        clean,
+        robust,
+    )
+    return _single(np.where(agree, combined, surest), manifest)
+
+
+def _blend(statistics: HeadStatistics, manifest: Manifest) -> Choice:
+    """Shifted -> the combined head; else the mean of clean and combined, which keeps the original's right answers."""
+    rule = manifest.router.blend
+    assert rule is not None
+    clean, combined = manifest.heads.index("clean"), manifest.heads.index("combined")
+    shifted = shift_probability(statistics, manifest) > rule.threshold
+    weights = np.zeros(statistics.energy.shape)
+    weights[:, clean] = np.where(shifted, 0.0, 0.5)
+    weights[:, combined] = np.where(shifted, 1.0, 0.5)
+    return Choice(weights, ["combined" if one else "clean+combined" for one in shifted.tolist()])
+
+
+RULES: dict[str, Rule] = {"mean": _mean, "min_entropy": _min_entropy, "paper": _paper, "blend": _blend}
+"""Rules by name; a head's own name is a router too."""
