@@ -1,0 +1,162 @@
+"""Settings of the server: flags > TRIVIUM_* environment > YAML file > defaults, one typed model behind all four."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from .bundle import Strict
+from .errors import ConfigError
+
+PREFIX = "TRIVIUM_"
+Port = Annotated[int, Field(ge=0, le=65535)]
+Count = Annotated[int, Field(ge=1, le=65536)]
+Bytes = Annotated[int, Field(ge=1024, le=2**31 - 1)]
+Seconds = Annotated[float, Field(ge=0, le=86400, allow_inf_nan=False)]
+
+
+class Settings(Strict):
+    """Everything `trivium serve` can be told."""
+
+    bundles: Annotated[tuple[Path, ...], Field(description="bundle directories to serve")] = ()
+    host: Annotated[str, Field(min_length=1, description="address to listen on")] = "127.0.0.1"
+    grpc_port: Annotated[Port, Field(description="gRPC; 0 lets the system choose")] = 8001
+    http_port: Annotated[Port, Field(description="/metrics, /healthz, /readyz; 0 lets the system choose")] = 8002
+    instances: Annotated[
+        Annotated[int, Field(ge=1, le=1024)] | None,
+        Field(description="worker threads, each with one picture at a time; default: the CPUs this process may use"),
+    ] = None
+    kernels: Annotated[
+        Literal["auto", "on", "off"], Field(description="fused kernels: auto falls back to the graph's own function")
+    ] = "auto"
+    device: Annotated[Literal["cpu", "cuda"], Field(description="where the backbone runs")] = "cpu"
+    max_batch: Annotated[Count, Field(description="most pictures in one request")] = 64
+    max_queue: Annotated[Count, Field(description="most pictures waiting; beyond it RESOURCE_EXHAUSTED")] = 256
+    max_message_bytes: Annotated[Bytes, Field(description="longest request message")] = 64 << 20
+    max_queue_bytes: Annotated[Bytes, Field(description="most bytes of pictures waiting or running")] = 512 << 20
+    max_picture_bytes: Annotated[Bytes, Field(description="longest encoded picture")] = 32 << 20
+    max_picture_pixels: Annotated[int, Field(ge=1, description="most pixels of an encoded picture")] = 64_000_000
+    grace_seconds: Annotated[
+        Seconds, Field(description="after SIGTERM, seconds of serving on while load balancers notice")
+    ] = 5.0
+    drain_seconds: Annotated[Seconds, Field(description="then, seconds that accepted requests have to finish")] = 30.0
+    ready_file: Annotated[
+        Path | None, Field(description="file to write the ready line to, a JSON object with the ports")
+    ] = None
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"], Field(description="least level of the lines on stderr")
+    ] = "info"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Settings:
+        if self.max_queue < self.max_batch:
+            raise ValueError(f"max_queue ({self.max_queue}) must hold one request of max_batch ({self.max_batch})")
+        return self
+
+    def yaml(self) -> str:
+        """The settings as the YAML file that would give them."""
+        return str(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False))
+
+
+def load(arguments: Sequence[str], environment: Mapping[str, str], prog: str) -> tuple[Settings, bool]:
+    """Settings from command line, environment and file, and whether --print-config was given.
+
+    Raises: ConfigError that names the setting and where it came from.
+    """
+    namespace, rest = _parser(prog).parse_known_args(arguments)
+    flags = vars(namespace)
+    if unknown := next((word for word in rest if word.startswith("-")), None):
+        known = ["--" + name.replace("_", "-") for name in Settings.model_fields if name != "bundles"]
+        raise ConfigError(f"unknown flag {unknown}{nearest(unknown.split('=')[0], known)}")
+    print_config = flags.pop("print_config")
+    values: dict[str, Any] = {}
+    origin: dict[str, str] = {}
+    config = flags.pop("config") or environment.get(PREFIX + "CONFIG")
+    layers: list[tuple[dict[str, Any], str]] = []
+    if config is not None:
+        layers.append((_file(Path(config)), config))
+    layers.append((_environment(environment), "the environment"))
+    layers.append(({key: value for key, value in flags.items() if value not in (None, [])}, "the command line"))
+    for layer, source in layers:
+        values |= layer
+        origin |= dict.fromkeys(layer, source)
+    try:
+        return Settings.model_validate(values), print_config
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0]) if first["loc"] else ""
+        text = first["msg"].removeprefix("Value error, ")
+        if not name:
+            raise ConfigError(text) from None
+        raise ConfigError(f"{name}: {text}, got {first['input']!r} from {origin[name]}") from None
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """'; did you mean X?' where a known name is near, else the list of all."""
+    found = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {found[0]!r}?" if found else f"; known: {', '.join(known)}"
+
+
+def _parser(prog: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        allow_abbrev=False,
+        description="Serve bundles over gRPC (Open Inference Protocol v2), with metrics and health over HTTP.",
+        epilog=f"Each flag is also a key of the YAML file and an environment variable {PREFIX}NAME; "
+        "flags win over the environment, the environment over the file.",
+    )
+    parser.add_argument("bundles", nargs="*", metavar="BUNDLE", help=Settings.model_fields["bundles"].description)
+    parser.add_argument("--config", metavar="FILE", help="YAML file of settings")
+    parser.add_argument("--print-config", action="store_true", help="print the settings in force as YAML and exit")
+    for name, field in Settings.model_fields.items():
+        if name == "bundles":
+            continue
+        default = "" if field.default is None else f" (default {field.default})"
+        annotation = field.annotation
+        choices = get_args(annotation) if str(annotation).startswith("typing.Literal") else ()
+        parser.add_argument(
+            "--" + name.replace("_", "-"),
+            metavar="{" + ",".join(choices) + "}" if choices else name.split("_")[-1].upper(),
+            help=f"{field.description}{default}".replace("%", "%%"),
+        )
+    return parser
+
+
+def _environment(environment: Mapping[str, str]) -> dict[str, Any]:
+    """TRIVIUM_* variables that are settings; one that nearly is, is an error, any other belongs to another stage."""
+    values: dict[str, Any] = {}
+    for variable, text in environment.items():
+        if not variable.startswith(PREFIX) or variable == PREFIX + "CONFIG":
+            continue
+        name = variable.removeprefix(PREFIX).lower()
+        if name == "bundles":
+            values[name] = [part for part in text.split(os.pathsep) if part]
+        elif name in Settings.model_fields:
+            values[name] = text
+        elif found := difflib.get_close_matches(name, Settings.model_fields, n=1, cutoff=0.8):
+            raise ConfigError(f"unknown environment variable {variable}; did you mean {PREFIX}{found[0].upper()}?")
+    return values
+
+
+def _file(path: Path) -> dict[str, Any]:
+    try:
+        document = yaml.safe_load(path.read_bytes())
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ConfigError(f"{path}: no valid YAML ({' '.join(str(error).split())})") from None
+    if document is None:
+        return {}
+    if not isinstance(document, dict):
+        raise ConfigError(f"{path}: expected settings as 'key: value' lines")
+    for key in document:
+        if key not in Settings.model_fields:
+            raise ConfigError(f"{path}: unknown key {key!r}{nearest(str(key), list(Settings.model_fields))}")
+    return document
