@@ -317,12 +317,17 @@ def _julia(draw: np.random.Generator, size: int) -> NDArray[np.float32]:
 
 
 def _function_system(draw: np.random.Generator, size: int) -> NDArray[np.float32]:
-    """Log density of the attractor of two to five random contractions (chaos game), [size, size] in [0, 1]."""
+    """Log density of the attractor of two to five random affine contractions (chaos game), [size, size] in [0, 1]."""
     count = int(draw.integers(2, 6))
-    maps = draw.uniform(-1, 1, (count, 2, 3))
-    norm = np.linalg.norm(maps[:, :, :2], 2, axis=(1, 2))
-    maps[:, :, :2] *= (draw.uniform(0.5, 0.85, count) / norm)[:, None, None]
-    points = draw.uniform(-1, 1, (max(size * size // 24, 256), 2))
+    singular = np.sort(draw.uniform(0.3, 1, (count, 2)), 1)[:, ::-1]
+    # Areas that sum to about one: the attractor is neither dust nor a blot.
+    singular *= np.sqrt(draw.uniform(0.8, 1.1) / singular.prod(1).sum())
+    angles = draw.uniform(0, 2 * math.pi, (2, count))
+    left, right = _rotations(angles[0]), _rotations(angles[1])
+    maps = np.empty((count, 2, 3))
+    maps[:, :, :2] = left @ (np.minimum(singular, 0.95)[:, :, None] * right)
+    maps[:, :, 2] = draw.uniform(-1, 1, (count, 2))
+    points = draw.uniform(-1, 1, (max(size * size // 12, 512), 2))
     density = np.zeros((size, size), np.float64)
     low = high = points[0]
     for step in range(28):
@@ -336,6 +341,11 @@ def _function_system(draw: np.random.Generator, size: int) -> NDArray[np.float32
         density += np.bincount(cell[inside, 1] * size + cell[inside, 0], minlength=size * size).reshape(size, size)
     density = np.log1p(density)
     return np.asarray(density / max(density.max(), 1e-6), np.float32)
+
+
+def _rotations(angle: NDArray[np.float64]) -> NDArray[np.float64]:
+    cos, sin = np.cos(angle), np.sin(angle)
+    return np.stack([np.stack([cos, -sin], 1), np.stack([sin, cos], 1)], 1)
 
 
 def _plasma(draw: np.random.Generator, size: int) -> NDArray[np.float32]:
