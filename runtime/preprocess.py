@@ -43,10 +43,18 @@ DEFAULT_LIMITS = Limits()
 def decode(data: bytes, preprocessing: Preprocessing, limits: Limits = DEFAULT_LIMITS) -> NDArray[np.uint8]:
     """Decode a JPEG, PNG or WebP and prepare it: uint8 [H, W, 3], RGB.
 
+    Raises: InvalidPicture, one line, for other formats, broken or truncated bytes and pictures over the limits.
+    """
+    return prepare(open_picture(data, limits), preprocessing)
+
+
+def open_picture(data: bytes, limits: Limits = DEFAULT_LIMITS) -> Image.Image:
+    """Decode a JPEG, PNG or WebP: RGB, upright, in its own size.
+
     The EXIF orientation is applied and an animation's first frame taken. Colour profiles are not applied, as in the
     usual training pipelines; CMYK is converted without one.
 
-    Raises: InvalidPicture, one line, for other formats, broken or truncated bytes and pictures over the limits.
+    Raises: InvalidPicture, as decode.
     """
     if not data:
         raise InvalidPicture("the picture is empty: 0 bytes")
@@ -56,12 +64,14 @@ def decode(data: bytes, preprocessing: Preprocessing, limits: Limits = DEFAULT_L
     try:
         picture = reader(BytesIO(data))
         width, height = picture.size
+        if min(width, height) < 1:
+            raise InvalidPicture(f"the {format_name} has {width} x {height} pixels")
         if width * height > limits.max_pixels:
             raise InvalidPicture(
                 f"the {format_name} has {width} x {height} pixels, more than the limit of {limits.max_pixels}"
             )
         picture.load()
-        return prepare(_upright(picture), preprocessing)
+        return _rgb(_upright(picture))
     except InvalidPicture:
         raise
     except Exception as error:  # hostile bytes: a decoder may fail in any way, and each way is the picture's fault

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from trivium.runtime.bundle import Preprocessing
 from trivium.runtime.errors import ConfigError, InvalidPicture
+from trivium.runtime.preprocess import open_picture, prepare
 
 from .sources import (
     SPLITS,
@@ -177,8 +178,6 @@ class Pictures:
     def _open(self, index: int) -> Image.Image:
         if not isinstance(self._pictures, list):
             return Image.fromarray(self._pictures[index]).convert("RGB")
-        from trivium.runtime.preprocess import open_picture
-
         path = self._pictures[index]
         try:
             return open_picture(path.read_bytes())
@@ -188,8 +187,6 @@ class Pictures:
             raise InvalidPicture(f"{path}: {error}") from None
 
     def _prepared(self, index: int) -> NDArray[np.uint8]:
-        from trivium.runtime.preprocess import prepare
-
         return prepare(self._open(index), self.preprocessing)
 
     def _random_crop(self, index: int, draw: list[float]) -> NDArray[np.uint8]:
@@ -263,7 +260,7 @@ def open_source(spec: DataSpec) -> Source:
         return digits_source()
     assert spec.root is not None, "the spec's validator asks for it"
     source = folder_source(spec.root) if spec.kind == "imagefolder" else csv_source(spec.root)
-    source = verified(source, _base(spec))
+    source = verified(source)
     if spec.strict and source.skipped:
         first, more = source.skipped[0], len(source.skipped) - 1
         others = f" (and {more} more)" if more else ""

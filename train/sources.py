@@ -14,9 +14,9 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
 
-from trivium.runtime.errors import ConfigError
+from trivium.runtime.errors import ConfigError, InvalidPicture
+from trivium.runtime.preprocess import SUFFIXES, open_picture
 
 from . import fashion_mnist
 
@@ -28,8 +28,6 @@ DIRECTORIES: dict[Split, tuple[str, ...]] = {
     "test": ("test", "testing"),
 }
 """Names under which a folder or a CSV column may give each split."""
-SUFFIXES = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".webp": "WEBP"}
-"""The formats that the runtime decodes, so that training sees no picture that serving would refuse."""
 
 
 class Skipped(NamedTuple):
@@ -183,9 +181,9 @@ def csv_source(path: Path) -> Source:
     return Source(f"pictures listed in {path.name}", classes, parts)
 
 
-def verified(source: Source, root: Path | None) -> Source:
-    """The source without its unreadable files, which join `skipped`. Every byte of every file is decoded once (JPEG
-    at an eighth of its size); the verdict is cached by path, size and time of change."""
+def verified(source: Source) -> Source:
+    """The source without its unreadable files, which join `skipped`. Every file is decoded once, as serving
+    would; the verdict is cached by path, size and time of change."""
     files = [path for part in source.parts.values() if isinstance(part.pictures, list) for path in part.pictures]
     if not files:
         return source
@@ -208,22 +206,17 @@ def verified(source: Source, root: Path | None) -> Source:
 
 
 def fault(path: Path) -> str | None:
-    """Why a file is no usable picture, in a few words; None for a good one."""
+    """Why a file is no picture that the runtime decodes, in a few words; None for a good one."""
     try:
-        if not path.is_file():
-            return "no such file" if not path.exists() else "not a regular file"
-        if path.stat().st_size == 0:
-            return "empty"
-        with Image.open(path, formats=sorted(set(SUFFIXES.values()))) as picture:
-            picture.draft("RGB", (max(picture.width // 8, 1), max(picture.height // 8, 1)))
-            picture.load()
-    except Image.DecompressionBombError:
-        return "more pixels than a picture may have"
-    except UnidentifiedImageError:
-        return "not a JPEG, PNG or WebP picture"
-    # Pillow's decoders raise nearly anything on hostile bytes.
-    except (OSError, SyntaxError, ValueError, TypeError, EOFError, IndexError, KeyError, OverflowError) as error:
-        return (str(error) or type(error).__name__).splitlines()[0][:200]
+        if path.exists() and not path.is_file():
+            return "not a regular file"
+        open_picture(path.read_bytes())
+    except FileNotFoundError:
+        return "no such file"
+    except OSError as error:
+        return error.strerror or type(error).__name__
+    except InvalidPicture as error:
+        return str(error)
     return None
 
 
