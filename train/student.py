@@ -1,0 +1,118 @@
+"""The student: a frozen trunk, the last stages copied per head (or shared, or none), dropout, and K linear heads."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trivium.runtime.errors import ConfigError
+
+from .backbone import Classifier, _bias
+
+Tail = Literal["copied", "shared"]
+
+
+class Student(nn.Module):
+    """K heads on the original classifier, which stays in it, frozen and exact.
+
+    Args:
+        original: the classifier to start from; taken over, its parameters frozen.
+        head_names: K distinct names.
+        depth: number of last stages that are tuned; 0 leaves linear heads on the original's features.
+        tail: each head tunes its own copy of those stages, or all share one.
+        dropout_rate: Bernoulli dropout before each head.
+        freeze_norm: batch norms of the tuned stages keep the original's statistics.
+
+    Raises: ConfigError where the model cannot be cut `depth` stages before its end.
+    """
+
+    def __init__(
+        self,
+        original: Classifier,
+        head_names: Sequence[str],
+        depth: int,
+        tail: Tail = "copied",
+        dropout_rate: float = 0.5,
+        freeze_norm: bool = False,
+    ) -> None:
+        super().__init__()
+        stages = list(original.stages)
+        if depth > 0 and not original.splittable:
+            raise ConfigError("no verified split of this model into stages: set heads.depth to 0")
+        if not 0 <= depth < len(stages):
+            raise ConfigError(f"heads.depth is {depth}, this model has {len(stages)} stages: 0 to {len(stages) - 1}")
+        self.head_names = tuple(head_names)
+        self.depth, self.tail, self.dropout_rate, self.freeze_norm = depth, tail, dropout_rate, freeze_norm
+        last = [*stages[len(stages) - depth :], original.neck]
+        self.trunk = nn.Sequential(*stages[: len(stages) - depth], *([] if depth else last))
+        self.original_tail = nn.Sequential(*(last if depth else []))
+        self.original_head = original.head
+        for module in (self.trunk, self.original_tail, self.original_head):
+            module.requires_grad_(False)
+        copies = 0 if depth == 0 else 1 if tail == "shared" else len(self.head_names)
+        self.branches = nn.ModuleList(copy.deepcopy(self.original_tail) for _ in range(copies))
+        self.heads = nn.ModuleList(copy.deepcopy(self.original_head) for _ in self.head_names)
+        self.branches.requires_grad_(True)
+        self.heads.requires_grad_(True)
+
+    def train(self, mode: bool = True) -> Student:
+        """As nn.Module's; the frozen parts stay in eval mode, so that their batch statistics never move."""
+        super().train(mode)
+        for module in (self.trunk, self.original_tail, self.original_head):
+            module.eval()
+        if self.freeze_norm:
+            for module in self.branches.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
+        return self
+
+    def branch(self, head: int, z: Tensor) -> Tensor:
+        """Trunk features -> pooled features [B, D] that head number `head` sees."""
+        if not self.branches:
+            return z
+        return self.branches[0 if self.tail == "shared" else head](z)
+
+    def logits(self, head: int, features: Tensor) -> Tensor:
+        """Pooled features [B, D] -> logits [B, C], float32, with dropout in training mode."""
+        dropped = F.dropout(features, self.dropout_rate, self.training)
+        return self.heads[head](dropped).float()
+
+    def features(self, x: Tensor) -> Tensor:
+        """Normalised pictures [B, 3, H, W] -> [B, K, D], or [B, D] where the heads share their features."""
+        z = self.trunk(x)
+        if len(self.branches) <= 1:
+            return self.branch(0, z)
+        return torch.stack([branch(z) for branch in self.branches], 1)
+
+    def head_weights(self) -> tuple[Tensor, Tensor]:
+        """(weights [K, C, D], bias [K, C])."""
+        heads = [head for head in self.heads if isinstance(head, nn.Linear)]
+        return torch.stack([head.weight for head in heads]), torch.stack([_bias(head) for head in heads])
+
+    def original_from_trunk(self, z: Tensor) -> Tensor:
+        """Trunk features -> the original classifier's logits [B, C]."""
+        return self.original_head(self.original_tail(z))
+
+    def original_logits(self, x: Tensor) -> Tensor:
+        """Normalised pictures [B, 3, H, W] -> the original classifier's logits [B, C], exactly."""
+        return self.original_from_trunk(self.trunk(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalised pictures [B, 3, H, W] -> logits of all heads [B, K, C], without dropout in eval mode."""
+        z = self.trunk(x)
+        return torch.stack([self.logits(i, self.branch(i, z)) for i in range(len(self.head_names))], 1)
+
+    def tuned(self) -> Iterator[nn.Module]:
+        """The parts that training changes."""
+        yield self.branches
+        yield self.heads
+
+    @staticmethod
+    def is_tuned(key: str) -> bool:
+        """Whether a key of the state dict belongs to the parts that training changes."""
+        return key.startswith(("branches.", "heads."))
