@@ -24,6 +24,8 @@ MANIFEST_LIMIT = 16 << 20
 """Bytes; a longer manifest is refused before it is parsed."""
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
+Label = Annotated[str, Field(min_length=1, max_length=1000, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")]
+"""A class name; no control characters, since it is printed on terminals and into logs."""
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 THREE_HEADS = ("clean", "robust", "combined")
@@ -139,7 +141,7 @@ class Manifest(Strict):
     schema_version: Literal[1] = 1
     name: Name
     version: Annotated[str, Field(pattern=r"^[1-9][0-9]{0,8}$")] = "1"
-    classes: Annotated[list[str], Field(min_length=1)]
+    classes: Annotated[list[Label], Field(min_length=1)]
     heads: Annotated[list[Name], Field(min_length=1, max_length=16)]
     preprocessing: Preprocessing
     dropout: Dropout
@@ -204,18 +206,25 @@ def open_bundle(path: str | os.PathLike[str]) -> Bundle:
     root = Path(path)
     manifest = read_manifest(root)
     for file in manifest.files:
-        target = root / _safe(file.path)
+        for parent in PurePosixPath(file.path).parents[:-1]:
+            if (root / parent).is_symlink():
+                raise UnsafePath(f"{file.path}: {parent} is a symbolic link")
+        target = root / file.path
         size = _regular_size(target, file.path)
         if size != file.size:
             raise DigestMismatch(f"{file.path}: {size} bytes, the manifest says {file.size}")
-        if digest(target) != file.sha256:
+        try:
+            found = digest(target)
+        except OSError as error:
+            raise MissingFile(f"{file.path}: cannot be read: {error.strerror}") from None
+        if found != file.sha256:
             raise DigestMismatch(f"{file.path}: SHA-256 differs from the manifest's")
     listed = {file.path for file in manifest.files}
     for directory, folders, names in os.walk(root):
         for name in names + [folder for folder in folders if (Path(directory) / folder).is_symlink()]:
             relative = (Path(directory) / name).relative_to(root).as_posix()
             if relative != MANIFEST and relative not in listed:
-                raise ExtraFile(f"{relative}: not listed in the manifest")
+                raise ExtraFile(f"{printable(relative)}: not listed in the manifest")
     return Bundle(root, manifest)
 
 
@@ -225,6 +234,8 @@ def read_manifest(root: Path) -> Manifest:
     Raises: ManifestError, UnknownSchema, UnsafePath.
     """
     target = root / MANIFEST
+    if not root.is_dir():
+        raise ManifestError(f"{root}: no such directory")
     try:
         size = _regular_size(target, MANIFEST)
     except MissingFile:
@@ -232,20 +243,23 @@ def read_manifest(root: Path) -> Manifest:
     if size > MANIFEST_LIMIT:
         raise ManifestError(f"{MANIFEST}: {size} bytes, more than {MANIFEST_LIMIT}")
     try:
-        document = json.loads(target.read_bytes())
+        text = target.read_bytes().decode("utf-8")
+        document = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
+    except OSError as error:
+        raise ManifestError(f"{MANIFEST}: cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
-        raise ManifestError(f"{MANIFEST}: no valid JSON ({error})") from None
+        raise ManifestError(f"{MANIFEST}: no valid JSON ({printable(str(error)[:300])})") from None
     if not isinstance(document, dict) or document.get("format") != "trivium-bundle":
         raise ManifestError(f"{MANIFEST}: not a trivium bundle's manifest")
     if document.get("schema_version") != SCHEMA_VERSION:
-        found = str(document.get("schema_version"))[:40]
+        found = printable(str(document.get("schema_version"))[:40])
         raise UnknownSchema(f"{MANIFEST}: schema version {found}, this release reads {SCHEMA_VERSION}")
     try:
         manifest = Manifest.model_validate(document)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "manifest"
-        raise ManifestError(f"{MANIFEST}: {where}: {first['msg']}") from None
+        raise ManifestError(f"{MANIFEST}: {printable(where[:300])}: {printable(first['msg'][:300])}") from None
     for file in manifest.files:
         _safe(file.path)
     return manifest
@@ -278,13 +292,29 @@ def json_schema() -> dict[str, Any]:
     return Manifest.model_json_schema()
 
 
-def _safe(path: str) -> PurePosixPath:
+def printable(text: str) -> str:
+    """Text from a bundle or a file name, fit for a terminal: control characters become escapes."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    document = dict(pairs)
+    if len(document) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice in one object")
+    return document
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _safe(path: str) -> None:
     pure = PurePosixPath(path)
     if not path or "\\" in path or "\0" in path or pure.is_absolute() or ".." in pure.parts or str(pure) != path:
         raise UnsafePath(f"{path[:200]!r}: not a plain path inside the bundle")
     if path == MANIFEST:
         raise UnsafePath(f"{path!r}: the manifest cannot list itself")
-    return pure
 
 
 def _regular_size(target: Path, name: str) -> int:

@@ -109,7 +109,7 @@ def pictures(count: int, size: int = SIZE, seed: int = SEED) -> NDArray[np.uint8
 
 @pytest.fixture(scope="session")
 def build_bundle() -> Callable[..., Path]:
-    """build_bundle(root, heads=..., classes=..., **manifest keys) makes a tiny bundle of one's own, verified, in root."""
+    """build_bundle(root, heads=..., classes=..., **manifest keys) makes a verified tiny bundle of one's own in root."""
     return build_bundle_at
 
 
