@@ -251,9 +251,11 @@ def read_manifest(root: Path) -> Manifest:
         raise ManifestError(f"{MANIFEST}: no valid JSON ({printable(str(error)[:300])})") from None
     if not isinstance(document, dict) or document.get("format") != "trivium-bundle":
         raise ManifestError(f"{MANIFEST}: not a trivium bundle's manifest")
-    if document.get("schema_version") != SCHEMA_VERSION:
-        found = printable(str(document.get("schema_version"))[:40])
-        raise UnknownSchema(f"{MANIFEST}: schema version {found}, this release reads {SCHEMA_VERSION}")
+    version = document.get("schema_version")
+    if type(version) is not int or version != SCHEMA_VERSION:
+        raise UnknownSchema(
+            f"{MANIFEST}: schema version {printable(str(version)[:40])}, this release reads {SCHEMA_VERSION}"
+        )
     try:
         manifest = Manifest.model_validate(document)
     except ValidationError as error:

@@ -145,7 +145,6 @@ def print_table(rows: Sequence[tuple[str, Prediction]], manifest: Manifest, top:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
+    return int(text)
