@@ -1,0 +1,246 @@
+"""The queue and its worker threads: knows neither transport nor engine, only requests that consist of pictures.
+
+Each worker takes one picture at a time from the one queue, so that no worker drains it while another idles, and a
+request of many pictures is spread over all of them. Workers go round the models that wait, and within a model round
+its requests: a large request shares the workers with small ones instead of holding them up.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from time import monotonic, perf_counter_ns
+from typing import Generic, TypeVar
+
+from .errors import DeadlineExceeded, EngineError, QueueFull, ShuttingDown, TriviumError
+
+T = TypeVar("T")
+URGENT, NORMAL = 0, 1
+_log = logging.getLogger(__name__)
+
+
+class Job(Generic[T]):
+    """One request in the queue.
+
+    Args:
+        size: number of pictures, at least 1.
+        run: answers the picture of an index; called in a worker thread, one call a picture, several at once.
+        done: called exactly once, in any thread, when `results` are complete or `error` is set.
+        nbytes: memory that the request holds, in bytes.
+        lane: what it shares fairly with others, the model's name.
+        priority: URGENT goes before NORMAL, always.
+        deadline: of time.monotonic(); past it no further picture of the job runs.
+    """
+
+    __slots__ = (
+        "deadline", "done", "entered_ns", "error", "lane", "nbytes", "next", "priority", "queue_ns", "results", "run",
+        "running", "settled", "size",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        size: int,
+        run: Callable[[int], T],
+        done: Callable[[Job[T]], None],
+        *,
+        nbytes: int = 0,
+        lane: str = "",
+        priority: int = NORMAL,
+        deadline: float | None = None,
+    ) -> None:
+        self.size = size
+        self.run = run
+        self.done = done
+        self.nbytes = nbytes
+        self.lane = lane
+        self.priority = priority
+        self.deadline = deadline
+        self.results: list[T | None] = [None] * size
+        self.error: TriviumError | None = None
+        self.entered_ns = 0
+        self.queue_ns = 0
+        """Nanoseconds until the first picture was taken up."""
+        self.next = 0
+        self.running = 0
+        self.settled = False
+
+    @property
+    def waiting(self) -> int:
+        """Pictures not yet taken up."""
+        return self.size - self.next
+
+
+Level = OrderedDict[str, "OrderedDict[Job, None]"]  # type: ignore[type-arg]
+
+
+class Scheduler:
+    """A bounded queue served by `instances` threads.
+
+    Args:
+        instances: worker threads.
+        capacity: most pictures waiting.
+        max_bytes: most bytes of pictures waiting or running.
+    """
+
+    def __init__(self, instances: int, capacity: int, max_bytes: int = 1 << 62) -> None:
+        self.instances = instances
+        self.capacity = capacity
+        self.max_bytes = max_bytes
+        self.depth = 0
+        """Pictures waiting."""
+        self.running = 0
+        """Pictures being answered."""
+        self.executed = 0
+        """Pictures taken up since the start."""
+        self.nbytes = 0
+        """Bytes held by requests waiting or running."""
+        self._levels: tuple[Level, Level] = (OrderedDict(), OrderedDict())
+        self._changed = threading.Condition(threading.Lock())
+        self._closed = False
+        self._threads = [threading.Thread(target=self._work, name=f"worker-{i}", daemon=True) for i in range(instances)]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, job: Job[T]) -> None:
+        """Queue a job; returns at once.
+
+        Raises: QueueFull where its pictures or bytes do not fit; DeadlineExceeded where its deadline has passed;
+            ShuttingDown after close.
+        """
+        if job.deadline is not None and job.deadline <= monotonic():
+            raise DeadlineExceeded("the request's deadline had passed before it was queued")
+        job.entered_ns = perf_counter_ns()
+        with self._changed:
+            if self._closed:
+                raise ShuttingDown("the server is shutting down")
+            if self.depth + job.size > self.capacity:
+                raise QueueFull(
+                    f"the queue is full: {self.depth} pictures wait, {self.capacity} may, the request has {job.size}"
+                )
+            if self.nbytes + job.nbytes > self.max_bytes:
+                raise QueueFull(
+                    f"the server is full: requests hold {self.nbytes} bytes, {self.max_bytes} may be held, "
+                    f"the request has {job.nbytes}"
+                )
+            self.depth += job.size
+            self.nbytes += job.nbytes
+            self._levels[job.priority].setdefault(job.lane, OrderedDict())[job] = None
+            self._changed.notify(min(job.size, self.instances))
+
+    def remove(self, job: Job[T], error: TriviumError) -> bool:
+        """Take a job out, for a client that left or a deadline that passed: it is done now, with `error`.
+
+        Its waiting pictures never run; the answers of those that do are dropped. False where it was done already.
+        """
+        with self._changed:
+            settled = self._settle(job, error)
+        if settled:
+            job.done(job)
+        return settled
+
+    def close(self, timeout: float | None = None) -> None:
+        """Refuse what waits with ShuttingDown, let what runs finish, and end the workers."""
+        with self._changed:
+            self._closed = True
+            waiting = [job for level in self._levels for jobs in level.values() for job in jobs]
+            refused = [job for job in waiting if self._settle(job, ShuttingDown("the server is shutting down"))]
+            self._changed.notify_all()
+        for job in refused:
+            job.done(job)
+        end = None if timeout is None else monotonic() + timeout
+        for thread in self._threads:
+            thread.join(None if end is None else max(0.0, end - monotonic()))
+
+    def _work(self) -> None:
+        while (taken := self._take()) is not None:
+            job, index = taken
+            error: TriviumError | None = None
+            try:
+                job.results[index] = job.run(index)
+            except TriviumError as known:
+                error = known
+            except Exception:  # a worker must outlive whatever one picture does to it
+                _log.exception("a picture failed")
+                error = EngineError("the picture could not be answered; the server's log says why")
+            with self._changed:
+                self.running -= 1
+                job.running -= 1
+                finished = self._settle(job, error) if error is not None or self._complete(job) else False
+                if job.running == 0 and job.waiting == 0:
+                    self._release(job)
+            if finished:
+                job.done(job)
+            # a thread that waits must not keep the last request alive
+            del job, taken
+
+    def _take(self) -> tuple[Job, int] | None:  # type: ignore[type-arg]
+        """The next picture, or None at the end."""
+        while True:
+            with self._changed:
+                job = self._next()
+                while job is None:
+                    if self._closed:
+                        return None
+                    self._changed.wait()
+                    job = self._next()
+                if job.deadline is None or job.deadline > monotonic():
+                    return job, self._start(job)
+                expired = self._settle(job, DeadlineExceeded("the request's deadline passed while it waited"))
+            if expired:
+                job.done(job)
+
+    def _next(self) -> Job | None:  # type: ignore[type-arg]
+        for level in self._levels:
+            for jobs in level.values():
+                return next(iter(jobs))
+        return None
+
+    def _start(self, job: Job[T]) -> int:
+        index = job.next
+        if index == 0:
+            job.queue_ns = perf_counter_ns() - job.entered_ns
+        job.next += 1
+        job.running += 1
+        self.depth -= 1
+        self.running += 1
+        self.executed += 1
+        level = self._levels[job.priority]
+        if job.waiting:
+            level[job.lane].move_to_end(job)
+            level.move_to_end(job.lane)
+        else:
+            self._leave(job)
+            if job.lane in level:
+                level.move_to_end(job.lane)
+        return index
+
+    def _leave(self, job: Job[T]) -> None:
+        level = self._levels[job.priority]
+        jobs = level[job.lane]
+        del jobs[job]
+        if not jobs:
+            del level[job.lane]
+
+    def _settle(self, job: Job[T], error: TriviumError | None) -> bool:
+        """Under the lock: end a job, and take what waits of it out of the queue. False where it had ended."""
+        if job.settled:
+            return False
+        job.settled = True
+        job.error = error
+        if job.waiting:
+            self._leave(job)
+            self.depth -= job.waiting
+            job.next = job.size
+            if job.running == 0:
+                self._release(job)
+        return True
+
+    def _release(self, job: Job[T]) -> None:
+        self.nbytes -= job.nbytes
+        job.nbytes = 0
+
+    @staticmethod
+    def _complete(job: Job[T]) -> bool:
+        return job.running == 0 and job.waiting == 0

@@ -1,0 +1,286 @@
+"""The wire contract: Open Inference Protocol v2 messages to typed requests, and predictions back to messages."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tritonclient.grpc import model_config_pb2, service_pb2
+
+from .bundle import Manifest
+from .errors import InvalidRequest
+from .predictor import Prediction
+from .scheduler import NORMAL, URGENT
+
+IMAGE, ENCODED = "image", "encoded_image"
+PARAMETERS = ("router", "priority", "timeout")
+_LENGTH = struct.Struct("<I")
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A request that fits its model."""
+
+    size: int
+    """Pictures."""
+    images: NDArray[np.uint8] | None
+    """[N, H, W, 3], a view of the message; None where the pictures came encoded."""
+    encoded: list[bytes]
+    router: str | None
+    priority: int
+    timeout: float | None
+    """Seconds from arrival, beside the call's own deadline."""
+    outputs: Sequence[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """One tensor of the answer."""
+
+    datatype: str
+    dims: Callable[[Manifest], tuple[int, ...]]
+    """Shape behind the batch."""
+    pack: Callable[[Prediction], bytes]
+
+
+def _label(prediction: Prediction) -> bytes:
+    return pack_bytes(prediction.label.encode())
+
+
+def _head(prediction: Prediction) -> bytes:
+    return pack_bytes(prediction.head.encode())
+
+
+_INT64 = struct.Struct("<q")
+OUTPUTS: dict[str, Output] = {
+    "probabilities": Output("FP32", lambda m: (len(m.classes),), lambda p: p.probabilities.tobytes()),
+    "class_id": Output("INT64", lambda m: (), lambda p: _INT64.pack(p.class_id)),
+    "label": Output("BYTES", lambda m: (), _label),
+    "head": Output("BYTES", lambda m: (), _head),
+    "head_probabilities": Output(
+        "FP32", lambda m: (len(m.heads), len(m.classes)), lambda p: p.head_probabilities.tobytes()
+    ),
+    "predictive_entropy": Output("FP32", lambda m: (len(m.heads),), lambda p: p.predictive_entropy.tobytes()),
+    "mutual_information": Output("FP32", lambda m: (len(m.heads),), lambda p: p.mutual_information.tobytes()),
+    "divergence": Output("FP32", lambda m: (len(m.heads), len(m.heads)), lambda p: p.divergence.tobytes()),
+    "energy": Output("FP32", lambda m: (len(m.heads),), lambda p: p.energy.tobytes()),
+}
+"""Every output by name, in the order of an answer that was not asked for some."""
+_ALL = tuple(OUTPUTS)
+
+
+def read_request(message: Any, manifest: Manifest, max_batch: int) -> Request:
+    """A ModelInferRequest as a Request.
+
+    Raises: InvalidRequest, one line that says what is wrong and what is expected.
+    """
+    inputs = message.inputs
+    if len(inputs) != 1:
+        names = ", ".join(tensor.name[:40] for tensor in inputs) or "none"
+        raise InvalidRequest(f"expected one input, {IMAGE!r} or {ENCODED!r}, got {names}")
+    tensor = inputs[0]
+    name = tensor.name
+    if name not in (IMAGE, ENCODED):
+        raise InvalidRequest(
+            f"unexpected inference input {name[:100]!r} for model {manifest.name!r}; expected {IMAGE!r} or {ENCODED!r}"
+        )
+    if tensor.parameters:
+        raise InvalidRequest(f"input {name!r} has parameters, shared memory perhaps; only plain contents are read")
+    datatype = "UINT8" if name == IMAGE else "BYTES"
+    if tensor.datatype != datatype:
+        raise InvalidRequest(
+            f"inference input {name!r} data-type is {tensor.datatype[:20]!r}, but model {manifest.name!r} "
+            f"expects {datatype!r}"
+        )
+    shape = tuple(tensor.shape)
+    height, width = manifest.preprocessing.height, manifest.preprocessing.width
+    tail = (height, width, 3) if name == IMAGE else ()
+    if len(shape) != len(tail) + 1 or shape[1:] != tail or shape[0] < 1:
+        expected = ",".join(map(str, (-1, *tail)))
+        raise InvalidRequest(
+            f"unexpected shape for input {name!r} for model {manifest.name!r}. "
+            f"Expected [{expected}], got [{','.join(map(str, shape[:8]))}]"
+        )
+    size = shape[0]
+    if size > max_batch:
+        raise InvalidRequest(f"inference request batch-size must be <= {max_batch} for {manifest.name!r}, got {size}")
+    raw = _raw(message, tensor, name)
+    images: NDArray[np.uint8] | None = None
+    encoded: list[bytes] = []
+    if name == IMAGE:
+        if len(raw) != size * height * width * 3:
+            raise InvalidRequest(
+                f"input {name!r} holds {len(raw)} bytes, its shape [{','.join(map(str, shape))}] "
+                f"needs {size * height * width * 3}"
+            )
+        images = np.frombuffer(raw, np.uint8).reshape(shape)
+    else:
+        encoded = unpack_bytes(raw, size, name) if isinstance(raw, bytes) else raw
+        if len(encoded) != size:
+            raise InvalidRequest(f"input {name!r} holds {len(encoded)} elements, its shape says {size}")
+    router, priority, timeout = (
+        _parameters(message.parameters, manifest) if message.parameters else (None, NORMAL, None)
+    )
+    return Request(size, images, encoded, router, priority, timeout, _outputs(message.outputs, manifest))
+
+
+def write_response(
+    message_id: str, manifest: Manifest, outputs: Sequence[str], predictions: Sequence[Prediction], queue_ns: int
+) -> Any:
+    """The ModelInferResponse to a request.
+
+    decode_ns, compute_ns and route_ns are sums over its pictures; queue_ns is the wait until the first was taken up.
+    """
+    response = service_pb2.ModelInferResponse(
+        model_name=manifest.name, model_version=manifest.version, id=message_id
+    )  # fmt: skip
+    parameters = response.parameters
+    parameters["decode_ns"].int64_param = sum(p.timings.decode for p in predictions)
+    parameters["queue_ns"].int64_param = queue_ns
+    parameters["compute_ns"].int64_param = sum(p.timings.compute for p in predictions)
+    parameters["route_ns"].int64_param = sum(p.timings.route for p in predictions)
+    size = len(predictions)
+    for name in outputs:
+        output = OUTPUTS[name]
+        response.outputs.add(name=name, datatype=output.datatype, shape=(size, *output.dims(manifest)))
+        pack = output.pack
+        response.raw_output_contents.append(
+            pack(predictions[0]) if size == 1 else b"".join([pack(prediction) for prediction in predictions])
+        )
+    return response
+
+
+def pack_bytes(data: bytes) -> bytes:
+    """One element of a BYTES tensor: its length, uint32 little endian, then itself."""
+    return _LENGTH.pack(len(data)) + data
+
+
+def unpack_bytes(raw: bytes, size: int, name: str) -> list[bytes]:
+    """The elements of a BYTES tensor.
+
+    Raises: InvalidRequest where lengths and bytes do not agree, or there are not `size` elements.
+    """
+    elements: list[bytes] = []
+    offset = 0
+    while offset < len(raw) and len(elements) <= size:
+        start = offset + 4
+        if start > len(raw):
+            raise InvalidRequest(f"input {name!r} ends within the length of element {len(elements)}")
+        offset = start + _LENGTH.unpack_from(raw, offset)[0]
+        if offset > len(raw):
+            raise InvalidRequest(
+                f"input {name!r}: element {len(elements)} says {offset - start} bytes, {len(raw) - start} are left"
+            )
+        elements.append(raw[start:offset])
+    if len(elements) != size:
+        count = f"more than {size}" if len(elements) > size else str(len(elements))
+        raise InvalidRequest(f"input {name!r} holds {count} elements, its shape says {size}")
+    return elements
+
+
+def metadata(manifest: Manifest, versions: Sequence[str]) -> Any:
+    """ModelMetadataResponse: inputs and outputs with their batch axis as -1."""
+    height, width = manifest.preprocessing.height, manifest.preprocessing.width
+    response = service_pb2.ModelMetadataResponse(name=manifest.name, versions=versions, platform="onnxruntime_onnx")
+    response.inputs.add(name=IMAGE, datatype="UINT8", shape=[-1, height, width, 3])
+    response.inputs.add(name=ENCODED, datatype="BYTES", shape=[-1])
+    for name, output in OUTPUTS.items():
+        response.outputs.add(name=name, datatype=output.datatype, shape=[-1, *output.dims(manifest)])
+    return response
+
+
+def config(manifest: Manifest, max_batch: int, instances: int, device: str) -> Any:
+    """ModelConfigResponse: shapes without their batch axis, as Triton writes them; one of the two inputs is given."""
+    pb = model_config_pb2
+    types = {"UINT8": pb.TYPE_UINT8, "BYTES": pb.TYPE_STRING, "FP32": pb.TYPE_FP32, "INT64": pb.TYPE_INT64}
+    height, width = manifest.preprocessing.height, manifest.preprocessing.width
+    model = pb.ModelConfig(
+        name=manifest.name,
+        platform="onnxruntime_onnx",
+        backend="trivium",
+        max_batch_size=max_batch,
+        default_model_filename=manifest.model,
+        instance_group=[
+            pb.ModelInstanceGroup(
+                name=manifest.name,
+                count=instances,
+                kind=pb.ModelInstanceGroup.KIND_CPU if device == "cpu" else pb.ModelInstanceGroup.KIND_GPU,
+            )
+        ],
+    )
+    model.input.add(name=IMAGE, data_type=types["UINT8"], dims=[height, width, 3], optional=True)
+    model.input.add(name=ENCODED, data_type=types["BYTES"], optional=True)
+    for name, output in OUTPUTS.items():
+        model.output.add(name=name, data_type=types[output.datatype], dims=output.dims(manifest))
+    return service_pb2.ModelConfigResponse(config=model)
+
+
+def _raw(message: Any, tensor: Any, name: str) -> bytes | list[bytes]:
+    """The input's bytes; a list where they came as elements in `contents`, for clients without raw contents."""
+    contents = tensor.contents
+    raw = message.raw_input_contents
+    given = [field.name for field, _ in contents.ListFields()]
+    if raw:
+        if given or len(raw) != 1:
+            raise InvalidRequest(f"expected the bytes of {name!r} once, got {len(raw)} raw contents and {given}")
+        return bytes(raw[0])
+    wanted = "uint_contents" if name == IMAGE else "bytes_contents"
+    if given != [wanted]:
+        raise InvalidRequest(f"expected the bytes of {name!r} in raw_input_contents or {wanted}, got {given or 'none'}")
+    if name == ENCODED:
+        return list(contents.bytes_contents)
+    values = np.fromiter(contents.uint_contents, np.uint32, len(contents.uint_contents))
+    if values.max(initial=0) > 255:
+        raise InvalidRequest(f"input {name!r} holds {values.max()}, more than UINT8 can")
+    return values.astype(np.uint8).tobytes()
+
+
+def _parameters(parameters: Any, manifest: Manifest) -> tuple[str | None, int, float | None]:
+    router: str | None = None
+    priority = NORMAL
+    timeout: float | None = None
+    for name in parameters:
+        value = parameters[name]
+        kind = value.WhichOneof("parameter_choice")
+        if name not in PARAMETERS:
+            raise InvalidRequest(f"unknown request parameter {name[:100]!r}; known: {', '.join(PARAMETERS)}")
+        if name == "router":
+            if kind != "string_param":
+                raise InvalidRequest(f"parameter 'router' must be a string, got {kind}")
+            router = value.string_param
+            if router not in (available := manifest.routers()):
+                raise InvalidRequest(f"unknown router {router[:100]!r}; this model has: {', '.join(available)}")
+            continue
+        if kind not in ("int64_param", "uint64_param"):
+            raise InvalidRequest(f"parameter {name!r} must be an integer, got {kind}")
+        number = getattr(value, kind)
+        if name == "priority":
+            if number not in (0, 1, 2):
+                raise InvalidRequest(
+                    f"parameter 'priority' must be 1 (urgent), 2 (normal) or 0 (default), got {number}"
+                )
+            priority = URGENT if number == 1 else NORMAL
+        else:
+            if number < 0:
+                raise InvalidRequest(f"parameter 'timeout' must be microseconds >= 0, got {number}")
+            timeout = number / 1e6 if number else None
+    return router, priority, timeout
+
+
+def _outputs(requested: Any, manifest: Manifest) -> Sequence[str]:
+    if not requested:
+        return _ALL
+    names = list(dict.fromkeys(output.name for output in requested))
+    for name in names:
+        if name not in OUTPUTS:
+            raise InvalidRequest(
+                f"unexpected inference output {name[:100]!r} for model {manifest.name!r}; it has: {', '.join(OUTPUTS)}"
+            )
+    for output in requested:
+        if output.parameters:
+            raise InvalidRequest(f"output {output.name!r} has parameters, classification perhaps; none is known")
+    return names
