@@ -19,7 +19,7 @@ class Reliability(NamedTuple):
 
     edges: NDArray[np.float64]
     """[bins + 1], from 0 to 1; a bin holds its upper edge."""
-    count: NDArray[np.int64]
+    counts: NDArray[np.int64]
     confidence: NDArray[np.float64]
     """Mean of the largest probability in the bin."""
     accuracy: NDArray[np.float64]
@@ -69,11 +69,11 @@ def reliability(probabilities: ArrayLike, labels: ArrayLike, bins: int = BINS) -
     correct = p.argmax(1) == np.asarray(labels)
     edges = np.linspace(0.0, 1.0, bins + 1)
     index = np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, bins - 1)
-    count = np.bincount(index, minlength=bins)
-    filled = np.where(count > 0, count, np.nan)
+    counts = np.bincount(index, minlength=bins)
+    filled = np.where(counts > 0, counts, np.nan)
     return Reliability(
         edges,
-        count,
+        counts,
         np.bincount(index, confidence, bins) / filled,
         np.bincount(index, correct.astype(np.float64), bins) / filled,
     )
@@ -86,9 +86,9 @@ def expected_calibration_error(probabilities: ArrayLike, labels: ArrayLike, bins
 
 def calibration_error(diagram: Reliability) -> float:
     """Expected calibration error of a reliability diagram, in [0, 1]."""
-    filled = diagram.count > 0
+    filled = diagram.counts > 0
     gap = np.abs(diagram.accuracy - diagram.confidence)[filled]
-    return float((diagram.count[filled] * gap).sum() / diagram.count.sum())
+    return float((diagram.counts[filled] * gap).sum() / diagram.counts.sum())
 
 
 def brier(probabilities: ArrayLike, labels: ArrayLike) -> float:

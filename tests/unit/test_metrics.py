@@ -34,7 +34,7 @@ def test_calibration_error_by_hand() -> None:
     # two pictures at .9, one right: gap .4; two at .6, both right: gap .4; one at .5, wrong: gap .5
     p = [[0.9, 0.1], [0.9, 0.1], [0.6, 0.4], [0.6, 0.4], [0.5, 0.5]]
     diagram = metrics.reliability(p, [0, 1, 0, 0, 1], bins=10)
-    assert diagram.count.tolist() == [0, 0, 0, 0, 1, 2, 0, 0, 2, 0]
+    assert diagram.counts.tolist() == [0, 0, 0, 0, 1, 2, 0, 0, 2, 0]
     assert metrics.calibration_error(diagram) == pytest.approx((2 * 0.4 + 2 * 0.4 + 1 * 0.5) / 5)
     assert np.isnan(diagram.accuracy[0])
 
@@ -105,7 +105,7 @@ def test_bootstrap_is_deterministic_and_exact_where_nothing_differs() -> None:
 def test_measures_stay_in_their_ranges(n: int, classes: int, seed: int) -> None:
     p, labels = random_answers(n, classes, seed)
     diagram = metrics.reliability(p, labels)
-    assert diagram.count.sum() == n
+    assert diagram.counts.sum() == n
     assert 0 <= metrics.calibration_error(diagram) <= 1
     assert 0 <= metrics.brier(p, labels) <= 2
     correct = p.argmax(1) == labels

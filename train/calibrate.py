@@ -1,0 +1,233 @@
+"""Calibration: temperatures, the numbers of the routing rules, and which router answers by default.
+
+Everything is fitted on one part of the calibration pictures and judged on the rest, clean and under corruptions that
+no test uses, mixed in declared shares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.optimize import minimize_scalar
+from scipy.special import expit, logsumexp
+from sklearn.linear_model import LogisticRegression
+
+from trivium.runtime.bundle import BlendRule, Calibration, Dropout, PaperRule, RouterSettings
+from trivium.runtime.errors import ConfigError
+from trivium.runtime.router import SHIFT_FEATURES, routers, shift_features, symmetric_divergence
+
+from .comparison import choose_router, compare_routers, provisional
+from .corruptions import CALIBRATION_CORRUPTIONS, corrupt
+from .data import Pictures
+from .mc import Heads
+from .observe import CLEAN, Observations, Observer
+
+DOMAINS = {"clean": (True, False), "robust": (False, True)}
+"""Head -> whether clean and shifted pictures are its own calibration domain; both for every other head."""
+FIT_SHARE = 1 / 3
+"""Of the calibration pictures: few numbers are fitted, while the choice of a router needs a narrow interval."""
+LEAST_PICTURES = 30
+AGREEMENT = 0.95
+"""Quantile of the clean-robust divergence on clean pictures up to which the heads count as agreeing."""
+FALSE_ALARMS = 0.10
+"""Share of clean pictures that the blend rule may take for shifted."""
+LEAST_ENTROPY = 1e-6
+"""nats; keeps the paper rule's divisors positive for a head that is always certain."""
+LOGITS_LIMIT = 1 << 25
+"""Pictures x passes x classes held at once while a temperature is fitted; beyond it the first pictures serve."""
+CHUNK = 500
+"""Calibration pictures decoded and corrupted at once."""
+
+
+class Views(NamedTuple):
+    """N views of calibration pictures as the model's features, before any temperature."""
+
+    features: NDArray[np.float32]
+    labels: NDArray[np.int64]
+    original: NDArray[np.int64]
+    kind: NDArray[np.str_]
+    """[N]: "clean", or the corruption's name."""
+    picture: NDArray[np.int64]
+    """[N]: position of the picture, so that all its views stay in one part."""
+
+
+def calibrate(
+    model: Heads,
+    pictures: Pictures,
+    dropout: Dropout,
+    *,
+    limit: int | None = 3000,
+    clean_share: float = 0.5,
+    seed: int = 0,
+    temperatures: bool = True,
+    router: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[RouterSettings, Calibration]:
+    """Calibrate a model on calibration pictures: each once as it is and once corrupted.
+
+    The k-th picture meets the (k mod 4)-th of CALIBRATION_CORRUPTIONS, severities 1 to 5 in turn. A third of the
+    pictures serves the fits, the rest the comparison of routers. The same arguments give the same numbers.
+
+    Args:
+        pictures: the calibration split.
+        limit: pictures used at most, drawn by seed.
+        clean_share: weight of clean views in the mixture on which routers are judged.
+        temperatures: fit one a head, else 1.
+        router: takes the choice away from the comparison, which is recorded all the same.
+        progress: told (pictures done, pictures in all).
+
+    Returns: the router's settings, and the record, whose temperatures belong into the graph.
+    Raises: ConfigError where there are fewer than 30 pictures, or the router asked for does not exist.
+    """
+    order = np.random.Generator(np.random.Philox(seed)).permutation(len(pictures))[:limit]
+    if len(order) < LEAST_PICTURES:
+        raise ConfigError(f"calibration needs at least {LEAST_PICTURES} pictures, there are {len(order)}")
+    observer = Observer(model, pictures.preprocessing, dropout)
+    heads = observer.heads
+    views = look_at_views(observer, pictures, order, seed, progress)
+    fit = views.picture < round(FIT_SHARE * len(order))
+
+    temperature = dict.fromkeys(heads, 1.0)
+    if temperatures:
+        most = max(LEAST_PICTURES, LOGITS_LIMIT // (dropout.passes * len(pictures.classes)))
+        for k, head in enumerate(heads):
+            rows = np.flatnonzero(fit & domain_of(head, views.kind))[:most]
+            temperature[head] = fit_temperature(observer.pass_logits(views.features[rows], k), views.labels[rows])
+
+    statistics = observer.statistics(views.features, list(temperature.values()))
+    observed = Observations(statistics, views.labels, views.original, views.kind, views.picture)
+    settings = fit_rules(observed.take(fit), heads)
+    trial = provisional(pictures.classes, heads, pictures.preprocessing, dropout, settings)
+    judged = observed.take(~fit)
+    best, candidates = compare_routers(judged, trial, clean_share, seed)
+    chosen, why = choose_router(best, candidates)
+    if router is not None:
+        if router not in routers(trial):
+            raise ConfigError(f"no router {router!r}; this model has: {', '.join(routers(trial))}")
+        chosen, why = router, f"asked for; the comparison would have taken {chosen}: {why}"
+    return settings.model_copy(update={"default": chosen}), Calibration(
+        temperature={head: round(value, 6) for head, value in temperature.items()},
+        mixture=mixture(judged, clean_share),
+        pictures=len(order),
+        data=describe(pictures),
+        seed=seed,
+        routers=[candidate.row() for candidate in candidates],
+        chosen_because=why,
+    )
+
+
+def look_at_views(
+    observer: Observer,
+    pictures: Pictures,
+    order: NDArray[np.intp],
+    seed: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> Views:
+    """Run a model on the pictures named by `order`, each clean and each under one calibration corruption."""
+    found: list[Views] = []
+    for start in range(0, len(order), CHUNK):
+        chosen = order[start : start + CHUNK]
+        position = np.arange(start, start + len(chosen))
+        images = pictures.batch(chosen).permute(0, 2, 3, 1).contiguous().numpy()
+        names = np.array(CALIBRATION_CORRUPTIONS)[position % len(CALIBRATION_CORRUPTIONS)]
+        severities = 1 + position // len(CALIBRATION_CORRUPTIONS) % 5
+        shifted = np.empty_like(images)
+        for name in CALIBRATION_CORRUPTIONS:
+            for severity in range(1, 6):
+                rows = np.flatnonzero((names == name) & (severities == severity))
+                if rows.size:
+                    shifted[rows] = corrupt(images[rows], name, severity, seed + start)
+        for view, kind in ((images, np.full(len(chosen), CLEAN)), (shifted, names)):
+            features, original = observer.look(view)
+            found.append(Views(features, pictures.labels[chosen], original.argmax(1), kind, position))
+        if progress is not None:
+            progress(start + len(chosen), len(order))
+    return Views(*(np.concatenate(column) for column in zip(*found, strict=True)))
+
+
+def fit_temperature(logits: ArrayLike, labels: ArrayLike) -> float:
+    """The temperature that minimises the likelihood loss of Monte-Carlo dropout's mean (Guo et al. 2017, section 4.2,
+    with the temperature inside each pass).
+
+    Args:
+        logits: [N, T, C], of T dropout passes, not tempered.
+        labels: [N].
+
+    Returns: tau in [1/20, 20] that minimises -mean_i log mean_t softmax(z_it / tau)[y_i].
+    """
+    z = np.asarray(logits)
+    z = z - z.max(-1, keepdims=True)
+    truth = np.take_along_axis(z, np.asarray(labels)[:, None, None], -1)[..., 0].astype(np.float64)
+
+    def loss(log_temperature: float) -> float:
+        tau = np.exp(log_temperature)
+        log_normaliser = np.log(np.exp(z / tau).sum(-1, dtype=np.float64))
+        return -float(logsumexp(truth / tau - log_normaliser, axis=1).mean() - np.log(z.shape[1]))
+
+    found = minimize_scalar(loss, bounds=(-np.log(20), np.log(20)), method="bounded", options={"xatol": 1e-3})
+    return float(np.exp(found.x))
+
+
+def fit_paper(observed: Observations, heads: Sequence[str]) -> PaperRule:
+    """delta and the entropy scales of the paper's rule: the 95th percentile of the symmetrised KL between clean and
+    robust on clean pictures, and each head's mean predictive entropy in nats on its own domain."""
+    clean = observed.take(observed.clean).statistics
+    divergence = symmetric_divergence(clean, heads.index("clean"), heads.index("robust"))
+    entropy = {
+        head: float(observed.statistics.predictive_entropy[domain_of(head, observed.kind), k].mean())
+        for k, head in enumerate(heads)
+    }
+    return PaperRule(
+        divergence_threshold=float(np.quantile(divergence, AGREEMENT)),
+        entropy_scale={head: max(value, LEAST_ENTROPY) for head, value in entropy.items()},
+    )
+
+
+def fit_blend(observed: Observations, heads: Sequence[str]) -> BlendRule:
+    """A logistic detector of shifted pictures on the router's standardised shift features; classes weigh the same.
+
+    The threshold is where a tenth of the clean pictures counts as shifted.
+    """
+    features = shift_features(observed.statistics, heads)
+    center, scale = features.mean(0), np.maximum(features.std(0), 1e-9)
+    standard = (features - center) / scale
+    model = LogisticRegression(C=1.0, class_weight="balanced", tol=1e-8, max_iter=1000).fit(standard, ~observed.clean)
+    probability = expit(model.intercept_[0] + standard[observed.clean] @ model.coef_[0])
+    named = {
+        "weights": dict(zip(SHIFT_FEATURES, model.coef_[0].tolist(), strict=True)),
+        "center": dict(zip(SHIFT_FEATURES, center.tolist(), strict=True)),
+        "scale": dict(zip(SHIFT_FEATURES, scale.tolist(), strict=True)),
+    }
+    return BlendRule.model_validate(
+        named
+        | {"intercept": float(model.intercept_[0]), "threshold": float(np.quantile(probability, 1 - FALSE_ALARMS))}
+    )
+
+
+def fit_rules(observed: Observations, heads: Sequence[str]) -> RouterSettings:
+    """The numbers of those rules that a model with these heads can follow; its default is still to be chosen."""
+    if not {"clean", "robust", "combined"} <= set(heads):
+        return RouterSettings(default=heads[0])
+    return RouterSettings(default="combined", paper=fit_paper(observed, heads), blend=fit_blend(observed, heads))
+
+
+def domain_of(head: str, kind: NDArray[np.str_]) -> NDArray[np.bool_]:
+    """[N]: the views on which a head is calibrated: clean ones, shifted ones, or both."""
+    clean, shifted = DOMAINS.get(head, (True, True))
+    return np.where(kind == CLEAN, clean, shifted)
+
+
+def mixture(observed: Observations, clean_share: float) -> dict[str, float]:
+    """Weight of each kind of view in the comparison of routers; sums to 1."""
+    kinds, counts = np.unique(observed.kind[~observed.clean], return_counts=True)
+    shares = (1 - clean_share) * counts / counts.sum()
+    return {CLEAN: clean_share} | {str(k): round(float(s), 6) for k, s in zip(kinds, shares, strict=True)}
+
+
+def describe(pictures: Pictures) -> str:
+    """Where the calibration pictures came from, in words."""
+    document = pictures.describe()
+    return f"{document['source']}, {pictures.split} split (seed {document['split_seed']})"

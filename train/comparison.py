@@ -1,0 +1,162 @@
+"""Routers compared on a declared mixture of clean and corrupted pictures, and the choice among them.
+
+The best single head is the null: another router must beat it with confidence, or keep more of the original's right
+answers at the same accuracy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trivium.runtime.bundle import Dropout, File, Manifest, Preprocessing, RouterSettings
+from trivium.runtime.router import route, routers
+
+from .metrics import Interval, paired_bootstrap
+from .observe import Observations
+
+Floats = NDArray[np.float64]
+
+MARGIN = 0.005
+"""Accuracy that a router may lose against the best single head, at most, where it makes fewer negative flips."""
+
+
+class Candidate(NamedTuple):
+    """A router as judged on the mixture; accuracies and flips are shares in [0, 1]."""
+
+    router: str
+    accuracy: float
+    accuracy_clean: float
+    accuracy_shifted: float
+    difference: Interval
+    """Accuracy less that of the best single head."""
+    negative_flips: float | None
+    """Share of the mixture that the original got right and this router gets wrong."""
+    flips_difference: Interval | None
+    """Negative flips less those of the best single head."""
+
+    def row(self) -> dict[str, Any]:
+        """As a row of the manifest's calibration record."""
+        row: dict[str, Any] = {
+            "router": self.router,
+            "accuracy": self.accuracy,
+            "accuracy_clean": self.accuracy_clean,
+            "accuracy_shifted": self.accuracy_shifted,
+            "difference": self.difference.mean,
+            "difference_low": self.difference.low,
+            "difference_high": self.difference.high,
+        }
+        if self.negative_flips is not None and self.flips_difference is not None:
+            row |= {
+                "negative_flips": self.negative_flips,
+                "flips_difference": self.flips_difference.mean,
+                "flips_difference_low": self.flips_difference.low,
+                "flips_difference_high": self.flips_difference.high,
+            }
+        return {key: value if isinstance(value, str) else round(value, 6) for key, value in row.items()}
+
+
+def compare_routers(
+    observed: Observations, manifest: Manifest, clean_share: float = 0.5, seed: int = 0
+) -> tuple[str, list[Candidate]]:
+    """Judge every router of a manifest on the mixture.
+
+    Clean views share `clean_share` of the weight and corrupted ones the rest. Intervals are 95 % paired bootstraps
+    over pictures, all views of one picture together.
+
+    Returns: the best single head (of equals: the one with fewer negative flips), and one Candidate a router.
+    """
+    clean, labels = observed.clean, observed.labels
+    shares = np.where(clean, clean_share / max(clean.sum(), 1), (1 - clean_share) / max((~clean).sum(), 1))
+    _, unit = np.unique(observed.picture, return_inverse=True)
+
+    def by_picture(values: NDArray[Any]) -> Floats:
+        """[P], whose plain mean is the weighted mean of the views' values."""
+        return np.asarray(np.bincount(unit, shares * values) * (unit.max() + 1))
+
+    right = {name: route(observed.statistics, manifest, name).class_id == labels for name in routers(manifest)}
+    score = {name: by_picture(values) for name, values in right.items()}
+    flips: dict[str, Floats] | None = None
+    if observed.original is not None:
+        kept = observed.original == labels
+        flips = {name: by_picture(kept & ~values) for name, values in right.items()}
+
+    def merit(head: str) -> tuple[float, float]:
+        return round(float(score[head].mean()), 9), 0.0 if flips is None else -float(flips[head].mean())
+
+    best = max(manifest.heads, key=merit)
+    rows = [
+        Candidate(
+            name,
+            float(score[name].mean()),
+            float(values[clean].mean()) if clean.any() else float("nan"),
+            float(values[~clean].mean()) if (~clean).any() else float("nan"),
+            paired_bootstrap(score[name] - score[best], seed=seed),
+            None if flips is None else float(flips[name].mean()),
+            None if flips is None else paired_bootstrap(flips[name] - flips[best], seed=seed),
+        )
+        for name, values in right.items()
+    ]
+    return best, rows
+
+
+def choose_router(best: str, rows: Sequence[Candidate]) -> tuple[str, str]:
+    """The default router and a sentence why.
+
+    The best single head answers, unless another router's accuracy on the mixture beats it (the interval lies above
+    0), or is not worse by more than MARGIN (the interval lies above -MARGIN) with significantly fewer negative flips
+    (their interval lies below 0). Of several that beat it the most accurate is taken, of several that flip less the
+    one with the fewest flips.
+    """
+    others = [row for row in rows if row.router != best]
+    better = [row for row in others if row.difference.low > 0]
+    if better:
+        chosen = max(better, key=lambda row: row.accuracy)
+        return chosen.router, (
+            f"more accurate on the mixture than the best single head, {best}: {points(chosen.difference)}"
+        )
+    steadier = [
+        row
+        for row in others
+        if row.difference.low >= -MARGIN and row.flips_difference is not None and row.flips_difference.high < 0
+    ]
+    if steadier:
+        chosen = min(steadier, key=lambda row: (row.negative_flips, -row.accuracy))
+        assert chosen.flips_difference is not None
+        return chosen.router, (
+            f"not worse by more than {100 * MARGIN:g} points than the best single head, {best} "
+            f"({points(chosen.difference)}), with fewer negative flips ({points(chosen.flips_difference)})"
+        )
+    if not others:
+        return best, "the only router of this model"
+    return best, (
+        f"the best single head on the mixture; no other router is more accurate with 95 % confidence, nor as accurate "
+        f"within {100 * MARGIN:g} points with fewer negative flips"
+    )
+
+
+def points(interval: Interval) -> str:
+    """A difference of shares in percentage points, with its interval."""
+    return f"{100 * interval.mean:+.2f} points, 95 % interval {100 * interval.low:+.2f} to {100 * interval.high:+.2f}"
+
+
+def provisional(
+    classes: Sequence[str],
+    heads: Sequence[str],
+    preprocessing: Preprocessing,
+    dropout: Dropout,
+    settings: RouterSettings,
+) -> Manifest:
+    """A manifest of a model that is in no bundle yet, for the runtime's router."""
+    return Manifest(
+        name="model",
+        classes=list(classes),
+        heads=list(heads),
+        preprocessing=preprocessing,
+        dropout=dropout,
+        router=settings,
+        files=[File(path="model.onnx", size=0, sha256="0" * 64)],
+    )
