@@ -7,6 +7,7 @@ with them ends as InvalidPicture. All functions may run in several threads at on
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from io import BytesIO
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 """Of the files that a directory of pictures is searched for, lower case."""
 _ORIENTATION = 0x0112
+
+# Pillow warns of broken metadata with texts taken from it: strangers would write into the log, and Python would keep
+# every text for ever.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 
 @dataclass(frozen=True)
