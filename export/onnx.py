@@ -6,9 +6,8 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from importlib.metadata import version
-from typing import Protocol
 
 import numpy as np
 import onnx
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from trivium.kernels import dropout_masks
 from trivium.runtime.bundle import Dropout, Preprocessing
 from trivium.runtime.errors import ClientError
+from trivium.train.mc import Heads
 
 from .graph import IMAGE, IR_VERSION, OPSET, append_heads
 
@@ -31,29 +31,13 @@ class ExportError(ClientError):
     """A model that cannot be compiled into a bundle; the text says why."""
 
 
-class Classifier(Protocol):
-    """What export needs of a torch module: a trained student, or a wrapped timm model with its one head."""
-
-    @property
-    def head_names(self) -> Sequence[str]: ...
-
-    @property
-    def dropout_rate(self) -> float: ...
-
-    def features(self, x: Tensor) -> Tensor:
-        """Normalised pictures [B, 3, H, W] -> [B, D], or [B, K, D] where the heads own their features."""
-
-    def head_weights(self) -> tuple[Tensor, Tensor]:
-        """W [K, C, D] and b [K, C]."""
-
-
 class Backbone(nn.Module):
     """uint8 pictures [N, H, W, 3] -> the features that enter the heads, float32 [N, D] or [N, K, D]."""
 
     scale: Tensor
     shift: Tensor
 
-    def __init__(self, classifier: Classifier, preprocessing: Preprocessing) -> None:
+    def __init__(self, classifier: Heads, preprocessing: Preprocessing) -> None:
         super().__init__()
         self.classifier = classifier
         mean, std = (torch.tensor(v, dtype=torch.float64) for v in (preprocessing.mean, preprocessing.std))
@@ -69,7 +53,7 @@ def masks_of(dropout: Dropout, units: int) -> NDArray[np.uint8]:
     return dropout_masks(dropout.passes, units, 1 - dropout.rate, dropout.seed)
 
 
-def export_backbone(classifier: Classifier, preprocessing: Preprocessing) -> onnx.ModelProto:
+def export_backbone(classifier: Heads, preprocessing: Preprocessing) -> onnx.ModelProto:
     """Compile everything before the heads, batch free, same bytes for the same weights and package versions.
 
     Returns: a checked model, `image` uint8 [N, H, W, 3] -> `features` float32.
@@ -104,7 +88,7 @@ def export_backbone(classifier: Classifier, preprocessing: Preprocessing) -> onn
 
 
 def export_onnx(
-    classifier: Classifier, preprocessing: Preprocessing, dropout: Dropout, temperature: ArrayLike
+    classifier: Heads, preprocessing: Preprocessing, dropout: Dropout, temperature: ArrayLike
 ) -> onnx.ModelProto:
     """The whole model of a bundle: `image` uint8 [N, H, W, 3] -> the five outputs of MCHeads.
 
@@ -117,7 +101,7 @@ def export_onnx(
 
 
 def add_heads(
-    backbone: onnx.ModelProto, classifier: Classifier, dropout: Dropout, temperature: ArrayLike
+    backbone: onnx.ModelProto, classifier: Heads, dropout: Dropout, temperature: ArrayLike
 ) -> onnx.ModelProto:
     """An exported backbone with the classifier's heads behind it; checked in full, shapes included."""
     weights, bias = (value.detach().cpu().numpy() for value in classifier.head_weights())

@@ -78,9 +78,11 @@ class Classifier(nn.Module):
     `stages` composed give the model's forward_features; `splittable` says whether there is more than one.
     """
 
-    head_names = ("original",)
+    head_names: tuple[str, ...] = ("original",)
 
-    def __init__(self, stages: Sequence[nn.Module], neck: nn.Module, head: nn.Linear, dropout_rate: float = 0.5) -> None:
+    def __init__(
+        self, stages: Sequence[nn.Module], neck: nn.Module, head: nn.Linear, dropout_rate: float = 0.5
+    ) -> None:
         super().__init__()
         self.stages = nn.ModuleList(stages)
         self.neck = neck
@@ -109,7 +111,9 @@ class Classifier(nn.Module):
         return self.original_logits(x)
 
 
-def create(name: str, classes: int | None, kwargs: Mapping[str, Any] | None = None, pretrained: bool = False) -> nn.Module:
+def create(
+    name: str, classes: int | None, kwargs: Mapping[str, Any] | None = None, pretrained: bool = False
+) -> nn.Module:
     """A timm model by name; classes None keeps the model's own number.
 
     Raises: ConfigError for an unknown name (with the nearest ones), wrong kwargs, or weights that cannot be had.

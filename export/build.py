@@ -1,0 +1,149 @@
+"""The way from a source to a verified bundle: compile, calibrate, write, compare, seal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import ValidationError
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import Progress
+from rich.table import Table
+
+from trivium.runtime.bundle import Bundle, Calibration, Manifest, RouterSettings, seal
+from trivium.runtime.engine import Engine
+from trivium.runtime.errors import ConfigError
+from trivium.train.calibrate import calibrate
+
+from . import pack, parity
+from .onnx import add_heads, export_backbone
+from .source import Source
+
+PARITY_PICTURES = 32
+
+
+def build(
+    source: Source,
+    target: Path,
+    *,
+    name: str | None = None,
+    version: str = "1",
+    router: str | None = None,
+    calibration_pictures: int = 3000,
+    force: bool = False,
+    console: Console,
+) -> Bundle:
+    """Compile a source into the bundle `target`, and say on the console what is done and measured.
+
+    Args:
+        name: of the model; None: the source's.
+        router: None leaves the choice to the calibration (where there is none: combined, or else the first head).
+        calibration_pictures: used at most.
+
+    Raises: TriviumError; target is then as it was before.
+    """
+    heads = list(source.classifier.head_names)
+    with pack.staging(target, force) as root:
+        passes = f"{source.dropout.passes} passes of dropout {source.dropout.rate:g}"
+        console.print(
+            f"compiling {name or source.name}: {len(source.classes)} classes, heads {', '.join(heads)}, {passes}"
+        )
+        backbone = export_backbone(source.classifier, source.preprocessing)
+        settings, calibration = calibrated(source, router, calibration_pictures, console)
+        manifest = manifest_of(source, name or source.name, version, settings, calibration)
+        temperature = calibration.temperature if calibration else dict.fromkeys(heads, 1.0)
+        scales = [temperature[head] for head in heads]
+        model = add_heads(backbone, source.classifier, source.dropout, scales)
+        draft = pack.write(root, model, manifest)
+
+        images, kind = parity_pictures(source)
+        rows = parity.measure(model, draft, source.classifier, images, scales)
+        console.print(parity.table(rows, f"{len(images)} {kind} pictures"))
+        parity.check(rows)
+        sealed = seal(root, manifest.model_copy(update={"tolerances": parity.tolerances(rows)}))
+        Engine(sealed).self_test()
+    return Bundle(target, sealed.manifest)
+
+
+def calibrated(
+    source: Source, router: str | None, limit: int, console: Console
+) -> tuple[RouterSettings, Calibration | None]:
+    """The router's settings and the record of how they were found; no record where there is nothing to calibrate on."""
+    heads = list(source.classifier.head_names)
+    if source.pictures is None:
+        return RouterSettings(default=router or ("combined" if "combined" in heads else heads[0])), None
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("calibrating", total=None)
+        settings, calibration = calibrate(
+            source.classifier,
+            source.pictures,
+            source.dropout,
+            limit=limit,
+            router=router,
+            progress=lambda done, total: progress.update(task, completed=done, total=total),
+        )
+    console.print(calibration_table(calibration))
+    console.print(f"router {settings.default}: {calibration.chosen_because}")
+    return settings, calibration
+
+
+def calibration_table(calibration: Calibration) -> Table:
+    """The comparison of routers, for the terminal; shares in percent."""
+    title = f"routers on {calibration.pictures} calibration pictures, " + ", ".join(
+        f"{share:.0%} {kind}" for kind, share in calibration.mixture.items()
+    )
+    result = Table(title=title, title_justify="left")
+    result.add_column("router")
+    columns = {
+        "accuracy": "accuracy",
+        "accuracy_clean": "clean",
+        "accuracy_shifted": "shifted",
+        "difference": "against the best head",
+        "negative_flips": "negative flips",
+    }
+    for header in columns.values():
+        result.add_column(header, justify="right")
+    for row in calibration.routers:
+        cells = ["" if row.get(key) is None else f"{100 * row[key]:.2f}" for key in columns]
+        cells[3] += f" [{100 * row['difference_low']:+.2f}, {100 * row['difference_high']:+.2f}]"
+        result.add_row(row["router"], *(escape(cell) for cell in cells))
+    return result
+
+
+def manifest_of(
+    source: Source, name: str, version: str, settings: RouterSettings, calibration: Calibration | None
+) -> Manifest:
+    """The manifest, but for files and tolerances.
+
+    Raises: ConfigError for a name, version or router that no manifest takes.
+    """
+    try:
+        return Manifest(
+            name=name,
+            version=version,
+            classes=list(source.classes),
+            heads=list(source.classifier.head_names),
+            preprocessing=source.preprocessing,
+            dropout=source.dropout,
+            router=settings,
+            model=pack.MODEL,
+            golden=pack.GOLDEN,
+            calibration=calibration,
+            provenance=source.provenance,
+            training=source.training,
+            files=pack.UNSEALED,
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ConfigError(f"{'.'.join(map(str, first['loc']))} {first['msg']}".strip()) from None
+
+
+def parity_pictures(source: Source) -> tuple[NDArray[np.uint8], str]:
+    """Pictures uint8 [N, H, W, 3] to compare implementations on, and of which kind they are."""
+    if source.pictures is not None:
+        chosen = np.linspace(0, len(source.pictures) - 1, min(PARITY_PICTURES, len(source.pictures))).astype(np.int64)
+        return np.ascontiguousarray(source.pictures.batch(chosen).permute(0, 2, 3, 1).numpy()), "calibration"
+    drawn = [pack.golden_pictures(source.preprocessing, seed) for seed in range(2)]
+    return np.concatenate(drawn), "drawn"

@@ -1,0 +1,144 @@
+"""`trivium export`: a checkpoint or a timm model in, a verified bundle out."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from trivium.runtime.bundle import Dropout
+from trivium.runtime.errors import ConfigError
+
+from .build import build
+from .pack import refuse_existing
+from .source import Source, checkpoint_source, timm_source
+
+TIMM_PASSES, TIMM_DROPOUT, TIMM_SEED = 32, 0.2, 0
+"""For a model that was wrapped as it is: the rate with which most timm classifiers of this kind were trained."""
+
+
+def main() -> None:
+    """Compile what the command line names."""
+    parser = arguments()
+    given = parser.parse_args()
+    expected = 1 if given.timm else 2
+    if len(given.paths) != expected:
+        parser.error(f"{'--timm NAME' if given.timm else 'a checkpoint'} and one BUNDLE are needed")
+    target = Path(given.paths[-1])
+    refuse_existing(target, given.force)
+    console = Console(highlight=False, soft_wrap=True)
+    bundle = build(
+        source_of(given, console),
+        target,
+        name=given.name,
+        version=given.version,
+        router=None if given.router == "auto" else given.router,
+        calibration_pictures=given.calibration_pictures,
+        force=given.force,
+        console=console,
+    )
+    manifest = bundle.manifest
+    size = f"{sum(file.size for file in manifest.files) / 1e6:.1f} MB"
+    console.print(
+        f"wrote {target}: {manifest.name} version {manifest.version}, {size}, router {manifest.router.default}"
+    )
+
+
+def source_of(given: argparse.Namespace, console: Console) -> Source:
+    """What the arguments ask to export."""
+    if not given.timm:
+        if given.weights or given.labels or given.mean or given.std:
+            raise ConfigError("--weights, --labels, --mean and --std go with --timm; a checkpoint holds its own")
+        changes = {"passes": given.passes, "rate": given.dropout}
+        return checkpoint_source(
+            Path(given.paths[0]),
+            dropout={key: value for key, value in changes.items() if value is not None},
+            data=given.data,
+            calibrate=given.calibrate,
+        )
+    if given.router not in ("auto", "original"):
+        raise ConfigError(f"--router {given.router}: a timm model has one head, original")
+    rate = TIMM_DROPOUT if given.dropout is None else given.dropout
+    return timm_source(
+        given.timm,
+        weights=given.weights,
+        labels=given.labels,
+        dropout=Dropout(rate=rate, passes=given.passes or TIMM_PASSES, seed=TIMM_SEED),
+        preprocessing={"mean": given.mean, "std": given.std},
+        say=console.print,
+    )
+
+
+def per_channel(text: str) -> tuple[float, ...]:
+    """One number for all channels, or three with commas between them."""
+    try:
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        values = ()
+    if len(values) not in (1, 3):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither one number nor three with commas between them")
+    return values * 3 if len(values) == 1 else values
+
+
+def positive(text: str) -> int:
+    """An argument that counts something."""
+    if not text.isdigit() or not 1 <= int(text) <= 1_000_000:
+        raise argparse.ArgumentTypeError(f"{text!r} is no positive whole number")
+    return int(text)
+
+
+def rate(text: str) -> float:
+    """A dropout rate in (0, 1)."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} does not lie between 0 and 1")
+    return value
+
+
+def arguments() -> argparse.ArgumentParser:
+    """The command line."""
+    prog = sys.argv[0]
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        usage=f"{prog} CHECKPOINT BUNDLE [options]\n       {prog} --timm NAME [--weights FILE] [--labels FILE] BUNDLE",
+        description="Compile a trained student, or any timm classifier as it is (one head named original, "
+        "uncertainty without training), into a bundle.",
+    )
+    parser.add_argument("paths", nargs="+", help=argparse.SUPPRESS)
+    parser.add_argument("--name", help="of the model in requests (default: the recipe's, or the timm model's)")
+    parser.add_argument("--version", default="1", help="of the model, a whole number (default 1)")
+    parser.add_argument(
+        "--passes", type=positive, metavar="T", help="Monte-Carlo-dropout passes (default: the checkpoint's, or 32)"
+    )
+    parser.add_argument(
+        "--router", default="auto", help="auto, a head, mean, min_entropy, paper or blend (default auto)"
+    )
+    parser.add_argument("--force", action="store_true", help="replace a bundle that exists")
+    group = parser.add_argument_group("from a checkpoint")
+    group.add_argument(
+        "--calibration-pictures", type=positive, default=3000, metavar="N", help="at most (default 3000)"
+    )
+    group.add_argument(
+        "--no-calibrate", dest="calibrate", action="store_false", help="temperatures 1, no fitted router"
+    )
+    group = parser.add_argument_group("from timm")
+    group.add_argument("--timm", metavar="NAME", help="a timm model, say tf_efficientnet_lite0")
+    group.add_argument(
+        "--weights", type=Path, metavar="FILE", help="safetensors or a state dict (default: the hub's cache)"
+    )
+    group.add_argument(
+        "--labels", type=Path, metavar="FILE", help="class names, one a line or a JSON list (default: ImageNet's)"
+    )
+    group.add_argument(
+        "--dropout", type=rate, metavar="Q", help=f"rate before the head (default {TIMM_DROPOUT}; a checkpoint's own)"
+    )
+    group.add_argument(
+        "--mean", type=per_channel, metavar="M", help="of pixels in [0, 1], one number or R,G,B (default: timm's)"
+    )
+    group.add_argument("--std", type=per_channel, metavar="S", help="likewise")
+    return parser

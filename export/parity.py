@@ -1,0 +1,136 @@
+"""Do all ways to compute a bundle's answers agree? Measured at export, on real pictures where there are some."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import ArrayLike, NDArray
+from onnx import helper
+from rich.table import Table
+
+from trivium.kernels import HeadStatistics, mc_heads_ref
+from trivium.runtime.bundle import Bundle, Dropout, Preprocessing
+from trivium.runtime.engine import SELF_TEST_TOLERANCE, Engine
+from trivium.runtime.errors import ServerError
+from trivium.train.mc import Heads, predict
+
+from .graph import IMAGE, OUTPUTS
+from .onnx import FEATURES, masks_of
+from .pack import session
+
+Limits = dict[str, float]
+REFERENCE_LIMITS: Limits = {name: 1e-5 if name == "probabilities" else 1e-4 for name in OUTPUTS}
+"""Float32 passes of the heads against float64 ones on the same features: rounding, more of it with larger logits."""
+TORCH_LIMITS: Limits = {name: 1e-3 if name == "probabilities" else 1e-2 for name in OUTPUTS}
+"""The whole model in ONNX Runtime against torch: another order of sums in every layer of a deep backbone."""
+FUSED_LIMITS: Limits = SELF_TEST_TOLERANCE
+"""The fused kernel, which may hold its weights in bfloat16, against the function."""
+
+
+class ParityError(ServerError):
+    """Two implementations of one model disagree by more than their limit; no bundle is written."""
+
+
+class Difference(NamedTuple):
+    """The largest |a - b| / max(1, |b|) over the pictures, for one output of two implementations."""
+
+    implementations: str
+    output: str
+    value: float
+    limit: float
+
+    @property
+    def within(self) -> bool:
+        """Written so that a NaN is not."""
+        return self.value <= self.limit
+
+
+def measure(
+    model: onnx.ModelProto,
+    bundle: Bundle,
+    classifier: Heads,
+    images: NDArray[np.uint8],
+    temperature: ArrayLike,
+) -> list[Difference]:
+    """Compare function, float64 definition, torch and (where its library is installed) the fused kernel.
+
+    Args:
+        model: with its heads; the same as in the bundle.
+        images: uint8 [N, H, W, 3].
+        temperature: [K], as in the model.
+    """
+    manifest = bundle.manifest
+    features, function = with_features(model, images)
+    weights, bias = (value.detach().cpu().numpy() for value in classifier.head_weights())
+    masks = masks_of(manifest.dropout, weights.shape[2])
+    reference = mc_heads_ref(features, weights, bias, temperature, masks, 1 - manifest.dropout.rate)
+    rows = differences("function - float64", function, reference, REFERENCE_LIMITS)
+    spoken = in_torch(classifier, manifest.preprocessing, manifest.dropout, images, temperature)
+    rows += differences("function - torch", function, spoken, TORCH_LIMITS)
+    engine = Engine(bundle)
+    if engine.kernels == "fused":
+        rows += differences("fused kernel - function", engine.run(images), function, FUSED_LIMITS)
+    return rows
+
+
+def with_features(model: onnx.ModelProto, images: NDArray[np.uint8]) -> tuple[NDArray[np.float32], HeadStatistics]:
+    """The features that enter the heads and the function's answers, from one run of ONNX Runtime a picture."""
+    opened = onnx.ModelProto()
+    opened.CopyFrom(model)
+    opened.graph.output.append(helper.make_empty_tensor_value_info(FEATURES))
+    compiled = session(opened)
+    answers = [compiled.run([FEATURES, *OUTPUTS], {IMAGE: images[i : i + 1]}) for i in range(len(images))]
+    features, *outputs = (np.concatenate(column) for column in zip(*answers, strict=True))
+    return features, HeadStatistics(*outputs)
+
+
+def in_torch(
+    classifier: Heads,
+    preprocessing: Preprocessing,
+    dropout: Dropout,
+    images: NDArray[np.uint8],
+    temperature: ArrayLike,
+) -> HeadStatistics:
+    """The same answers from torch: training's normalisation, the module's own features, training's passes."""
+    batches = (torch.from_numpy(image).permute(2, 0, 1)[None] for image in images)
+    return predict(classifier, batches, preprocessing, dropout, temperature)[0]
+
+
+def differences(
+    implementations: str, found: HeadStatistics, expected: HeadStatistics, limits: Limits
+) -> list[Difference]:
+    """One row an output."""
+    return [
+        Difference(implementations, name, float(np.max(np.abs(a - b) / np.maximum(1, np.abs(b)))), limits[name])
+        for name, a, b in zip(OUTPUTS, found, expected, strict=True)
+    ]
+
+
+def check(rows: Sequence[Difference]) -> None:
+    """Raise ParityError, naming the worst row, where one is beyond its limit."""
+    beyond = [row for row in rows if not row.within]
+    if beyond:
+        worst = max(beyond, key=lambda row: row.value / row.limit if np.isfinite(row.value) else np.inf)
+        raise ParityError(
+            f"{worst.implementations}: {worst.output} differs by {worst.value:.2g}, more than {worst.limit:g}"
+        )
+
+
+def tolerances(rows: Sequence[Difference]) -> dict[str, float]:
+    """What the manifest keeps, say {"function - torch: energy": 2e-7}; two digits, so that it reads well."""
+    return {f"{row.implementations}: {row.output}": float(f"{row.value:.1e}") for row in rows}
+
+
+def table(rows: Sequence[Difference], pictures: str) -> Table:
+    """For the terminal."""
+    result = Table(title=f"parity on {pictures}: largest |a - b| / max(1, |b|)", title_justify="left")
+    for column in ("implementations", "output", "difference", "limit"):
+        result.add_column(column, justify="left" if column in ("implementations", "output") else "right")
+    for row in rows:
+        style = None if row.within else "bold red"
+        result.add_row(row.implementations, row.output, f"{row.value:.1e}", f"{row.limit:g}", style=style)
+    return result
