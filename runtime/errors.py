@@ -52,10 +52,14 @@ class QueueFull(ServerError):
     status = "RESOURCE_EXHAUSTED"
 
 
-class ShuttingDown(ServerError):
-    """The server drains and takes no new request."""
+class Unavailable(ServerError):
+    """No server answers, or none that takes requests."""
 
     status = "UNAVAILABLE"
+
+
+class ShuttingDown(Unavailable):
+    """The server drains and takes no new request."""
 
 
 class DeadlineExceeded(ServerError):

@@ -24,7 +24,7 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
     @property
     def ready(self) -> bool:
         """Whether the server takes requests."""
-        return self._states[""] == SERVING
+        return bool(self._states[""] == SERVING)
 
     def set(self, states: dict[str, int]) -> None:
         """Change the state of services and tell those who watch."""

@@ -49,11 +49,9 @@ class Metrics:
         self.rejected = Counter(
             "trivium_rejected", "Requests refused because the queue was full.", model, registry=registry
         )
-        self.cancelled = Counter(
-            "trivium_cancelled", "Requests that their client cancelled.", model, registry=registry
-        )  # fmt: skip
+        self.cancelled = Counter("trivium_cancelled", "Requests that their client cancelled.", model, registry=registry)
         self.routed = Counter(
-            "trivium_routed", "Pictures answered, by the head that the router chose.", [*model, "head"], registry=registry
+            "trivium_routed", "Pictures answered, by what the router chose.", [*model, "head"], registry=registry
         )
         self.entropy = Histogram(
             "trivium_predictive_entropy_nats",
@@ -92,7 +90,6 @@ class Metrics:
             lambda: scheduler.nbytes
         )
         Gauge("trivium_instances", "Worker threads.", registry=registry).set(scheduler.instances)
-        # a Gauge with _total in its name would be refused by the text format's readers
         self.executed = Counter("trivium_executed_pictures", "Pictures taken up by a worker.", registry=registry)
         self._scheduler = scheduler
         self._executed = 0

@@ -1,4 +1,4 @@
-"""The HTTP side: GET /metrics, /healthz and /readyz on the server's own event loop, so that they answer only if it runs."""
+"""The HTTP side: /metrics, /healthz and /readyz on the server's own event loop, so that they answer only if it runs."""
 
 from __future__ import annotations
 

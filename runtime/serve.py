@@ -1,0 +1,26 @@
+"""`trivium serve`: bundles over gRPC, with metrics and health over HTTP."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from .config import load
+
+
+def main() -> None:
+    """Serve the bundles of the command line until a signal.
+
+    Raises: TriviumError where settings or bundles cannot be used.
+    """
+    settings, print_config = load(sys.argv[1:], os.environ, sys.argv[0])
+    if print_config:
+        print(settings.yaml(), end="")
+        return
+    # imported late: --help and --print-config need neither gRPC nor ONNX Runtime
+    import uvloop
+
+    from .server import configure_logging, run
+
+    configure_logging(settings.log_level)
+    uvloop.run(run(settings))

@@ -1,0 +1,207 @@
+"""The server's life: load, listen, be ready, and on a signal say so, serve on, drain, leave."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import signal
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from prometheus_client import disable_created_metrics
+from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+from .config import Settings
+from .cpus import usable_cpus
+from .errors import ConfigError
+from .health import SERVING, Health
+from .metrics import Metrics
+from .predictor import Predictor
+from .preprocess import Limits
+from .probes import HttpServer
+from .repository import Repository
+from .scheduler import Scheduler
+from .service import Service
+
+SERVICES = tuple(
+    module.DESCRIPTOR.services_by_name[name].full_name
+    for module, name in ((service_pb2, "GRPCInferenceService"), (health_pb2, "Health"))
+)
+FLUSH_SECONDS = 0.25
+"""After the last answer was given to gRPC, how long it has to send it."""
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Ready:
+    """What a server says, as one line of JSON, once it takes requests."""
+
+    grpc: str
+    http: str
+    models: list[str]
+    instances: int
+    pid: int
+    event: str = "ready"
+
+    def line(self) -> str:
+        return json.dumps(asdict(self))
+
+
+class Server:
+    """One process's server.
+
+    Raises: ConfigError, BundleError, EngineError where a bundle cannot be served.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        if not settings.bundles:
+            raise ConfigError("no bundle to serve; name at least one directory")
+        self.settings = settings
+        self.repository = load(settings)
+        self.instances = settings.instances or usable_cpus()
+        self.scheduler = Scheduler(self.instances, settings.max_queue, settings.max_queue_bytes)
+        self.metrics = Metrics(self.scheduler)
+        self.service = Service(self.repository, self.scheduler, self.metrics, settings.max_batch)
+        self.health = Health()
+        self._http = HttpServer(self.metrics.text, lambda: self.health.ready)
+        self._grpc = grpc.aio.server(
+            options=[
+                ("grpc.max_receive_message_length", settings.max_message_bytes),
+                ("grpc.max_send_message_length", -1),
+                # without it a second server would share the port in silence
+                ("grpc.so_reuseport", 0),
+            ]
+        )
+        service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(self.service, self._grpc)
+        health_pb2_grpc.add_HealthServicer_to_server(self.health, self._grpc)
+        reflection.enable_server_reflection((*SERVICES, reflection.SERVICE_NAME), self._grpc)
+
+    async def start(self) -> Ready:
+        """Listen on both ports and become ready.
+
+        Raises: ConfigError where an address cannot be had.
+        """
+        settings = self.settings
+        try:
+            grpc_port = self._grpc.add_insecure_port(_address(settings.host, settings.grpc_port))
+        except RuntimeError:
+            raise ConfigError(f"cannot listen on {_address(settings.host, settings.grpc_port)} for gRPC") from None
+        try:
+            http_port = await self._http.start(settings.host, settings.http_port)
+        except OSError as error:
+            reason = os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
+            address = _address(settings.host, settings.http_port)
+            raise ConfigError(f"cannot listen on {address} for HTTP: {reason}") from None
+        await self._grpc.start()
+        self.service.ready = True
+        self.health.set(dict.fromkeys(("", *self.repository.names(), *SERVICES), SERVING))
+        models = [f"{predictor.manifest.name}/{predictor.manifest.version}" for predictor in self.repository]
+        return Ready(
+            _address(settings.host, grpc_port), _address(settings.host, http_port), models, self.instances, os.getpid()
+        )
+
+    async def stop(self, grace: float) -> None:
+        """Say NOT_SERVING, serve on for `grace` seconds, refuse what is new, finish what was accepted, close."""
+        self.service.ready = False
+        self.health.stop()
+        if grace > 0:
+            _log.info("not ready any more; serving on for %g s", grace)
+            await asyncio.sleep(grace)
+        self.service.close()
+        _log.info("draining %d requests", self.service.in_flight)
+        stopping = asyncio.ensure_future(self._grpc.stop(self.settings.drain_seconds))
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self.service.idle(), self.settings.drain_seconds)
+        # streams of health watchers would otherwise keep the server until drain_seconds are over
+        await asyncio.wait({stopping}, timeout=FLUSH_SECONDS)
+        left = self.service.in_flight
+        await self._grpc.stop(0)
+        await stopping
+        self._http.close()
+        await asyncio.to_thread(self.scheduler.close, 1.0)
+        _log.log(logging.WARNING if left else logging.INFO, "drained; %d requests were given up", left)
+
+
+def load(settings: Settings) -> Repository:
+    """Open, verify, start and self-test every bundle.
+
+    Raises: BundleError, EngineError, ConfigError.
+    """
+    limits = Limits(settings.max_picture_bytes, settings.max_picture_pixels)
+    repository = Repository()
+    for path in settings.bundles:
+        predictor = Predictor.load(path, kernels=settings.kernels, device=settings.device, limits=limits)
+        repository.add(predictor)
+        manifest, engine = predictor.manifest, predictor.engine
+        _log.info(
+            "%s version %s: heads %s, %s kernels (%s), self-test passed",
+            manifest.name,
+            manifest.version,
+            ", ".join(manifest.heads),
+            engine.kernels,
+            engine.kernels_reason,
+        )
+    return repository
+
+
+async def run(settings: Settings) -> None:
+    """Serve until SIGTERM or SIGINT; a second signal ends the process at once.
+
+    SIGTERM, an orchestrator's, is followed by the grace time; SIGINT, a person's, drains at once.
+    """
+    disable_created_metrics()
+    server = Server(settings)
+    loop = asyncio.get_running_loop()
+    signalled: asyncio.Future[signal.Signals] = loop.create_future()
+
+    def handle(number: signal.Signals) -> None:
+        if signalled.done():
+            _log.warning("second signal: leaving at once")
+            os._exit(128 + number)
+        signalled.set_result(number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, handle, number)
+    ready = await server.start()
+    _log.info("gRPC on %s, HTTP on %s, %d instances", ready.grpc, ready.http, ready.instances)
+    announce(ready.line(), settings.ready_file)
+    number = await signalled
+    _log.info("received %s", number.name)
+    await server.stop(settings.grace_seconds if number == signal.SIGTERM else 0.0)
+
+
+def announce(line: str, file: Path | None) -> None:
+    """Print the ready line, and write it to a file that never holds half of it.
+
+    Raises: ConfigError where the file cannot be written.
+    """
+    print(line, flush=True)
+    if file is None:
+        return
+    try:
+        part = file.with_name(f".{file.name}.{os.getpid()}")
+        part.write_text(line + "\n")
+        part.replace(file)
+    except OSError as error:
+        raise ConfigError(f"{file}: {error.strerror}") from None
+
+
+def configure_logging(level: str) -> None:
+    """Lines with time and level on stderr."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger = logging.getLogger("trivium")
+    logger.setLevel(level.upper())
+    logger.addHandler(handler)
+    logger.propagate = False
+
+
+def _address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
