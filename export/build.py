@@ -74,7 +74,7 @@ def calibrated(
     heads = list(source.classifier.head_names)
     if source.pictures is None:
         return RouterSettings(default=router or ("combined" if "combined" in heads else heads[0])), None
-    with Progress(console=console, transient=True) as progress:
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("calibrating", total=None)
         settings, calibration = calibrate(
             source.classifier,
@@ -100,11 +100,11 @@ def calibration_table(calibration: Calibration) -> Table:
         "accuracy": "accuracy",
         "accuracy_clean": "clean",
         "accuracy_shifted": "shifted",
-        "difference": "against the best head",
+        "difference": "- best head [95 % interval]",
         "negative_flips": "negative flips",
     }
     for header in columns.values():
-        result.add_column(header, justify="right")
+        result.add_column(header, justify="right", no_wrap=True)
     for row in calibration.routers:
         cells = ["" if row.get(key) is None else f"{100 * row[key]:.2f}" for key in columns]
         cells[3] += f" [{100 * row['difference_low']:+.2f}, {100 * row['difference_high']:+.2f}]"

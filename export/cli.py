@@ -124,6 +124,9 @@ def arguments() -> argparse.ArgumentParser:
         "--calibration-pictures", type=positive, default=3000, metavar="N", help="at most (default 3000)"
     )
     group.add_argument(
+        "--data", type=Path, metavar="DIR", help="where the pictures lie now, if they moved since training"
+    )
+    group.add_argument(
         "--no-calibrate", dest="calibrate", action="store_false", help="temperatures 1, no fitted router"
     )
     group = parser.add_argument_group("from timm")

@@ -55,7 +55,7 @@ def checkpoint_source(path: Path, *, dropout: dict[str, Any], data: Path | None,
         "source": "checkpoint",
         "weights_sha256": meta.weights_sha256,
         "recipe": without_directories(meta.recipe),
-        "data": without_directories(meta.data),
+        "data": without_directories({key: value for key, value in meta.data.items() if key != "classes"}),
         "packages": meta.packages | package_versions(),
     }
     training = {"costs": {stage: cost.model_dump() for stage, cost in meta.costs.items()}, "results": meta.results}
