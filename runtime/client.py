@@ -40,7 +40,7 @@ ERRORS: dict[grpc.StatusCode, type[TriviumError]] = {
     grpc.StatusCode.UNAVAILABLE: Unavailable,
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
 }
-# Retries cost a token each and successes give a tenth back, so that an overloaded server is not asked ever more (gRFC A6).
+# A retry costs a token and a success gives a tenth back: an overloaded server is not asked ever more (gRFC A6).
 RETRIES = {
     "methodConfig": [
         {
@@ -200,7 +200,7 @@ def read_response(response: Any) -> list[Prediction]:
     ]
 
 
-DTYPES = {"FP32": np.dtype("<f4"), "INT64": np.dtype("<i8")}
+DTYPES: dict[str, Any] = {"FP32": np.dtype("<f4"), "INT64": np.dtype("<i8")}
 
 
 def _load(picture: Picture) -> bytes | NDArray[np.uint8]:

@@ -156,7 +156,7 @@ async def run(settings: Settings) -> None:
 
     SIGTERM, an orchestrator's, is followed by the grace time; SIGINT, a person's, drains at once.
     """
-    disable_created_metrics()
+    disable_created_metrics()  # type: ignore[no-untyped-call]
     server = Server(settings)
     loop = asyncio.get_running_loop()
     signalled: asyncio.Future[signal.Signals] = loop.create_future()
