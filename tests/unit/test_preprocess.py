@@ -105,8 +105,12 @@ def test_exif_orientation(kind: str, orientation: int) -> None:
     }[orientation]
     exif = Image.Exif()
     exif[0x0112] = orientation
-    options: dict[str, Any] = {"PNG": {}, "JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True}}[kind]
-    found = decode(encoded(Image.fromarray(corners), kind, exif=exif, **options), PLAIN)
+    kinds: dict[str, dict[str, Any]] = {
+        "PNG": {},
+        "JPEG": {"quality": 95, "subsampling": 0},
+        "WEBP": {"lossless": True},
+    }
+    found = decode(encoded(Image.fromarray(corners), kind, exif=exif, **kinds[kind]), PLAIN)
     middles = np.ix_([8, 24], [8, 24])
     assert np.abs(found[middles].astype(int) - upright[middles]).max() <= 3
 
