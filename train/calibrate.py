@@ -139,7 +139,7 @@ def look_at_views(
             for severity in range(1, 6):
                 rows = np.flatnonzero((names == name) & (severities == severity))
                 if rows.size:
-                    shifted[rows] = corrupt(images[rows], name, severity, seed + start)
+                    shifted[rows] = corrupt(images[rows], name, severity, seed, start)
         for view, kind in ((images, np.full(len(chosen), CLEAN)), (shifted, names)):
             features, original = observer.look(view)
             found.append(Views(features, pictures.labels[chosen], original.argmax(1), kind, position))

@@ -148,15 +148,17 @@ def provisional(
     heads: Sequence[str],
     preprocessing: Preprocessing,
     dropout: Dropout,
-    settings: RouterSettings,
+    settings: RouterSettings | None = None,
+    name: str = "model",
 ) -> Manifest:
-    """A manifest of a model that is in no bundle yet, for the runtime's router."""
+    """A manifest of a model that is in no bundle yet, for the runtime's router; without settings the first head
+    answers."""
     return Manifest(
-        name="model",
+        name=name,
         classes=list(classes),
         heads=list(heads),
         preprocessing=preprocessing,
         dropout=dropout,
-        router=settings,
+        router=settings or RouterSettings(default=heads[0]),
         files=[File(path="model.onnx", size=0, sha256="0" * 64)],
     )

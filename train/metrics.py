@@ -62,11 +62,9 @@ def positive_flips(original: ArrayLike, new: ArrayLike, labels: ArrayLike) -> fl
     return float(np.mean((original != labels) & (new == labels)))
 
 
-def reliability(probabilities: ArrayLike, labels: ArrayLike, bins: int = BINS) -> Reliability:
-    """Accuracy against confidence in equal-width bins (Guo et al. 2017); probabilities [N, C], labels [N]."""
-    p = np.asarray(probabilities, np.float64)
-    confidence = p.max(1)
-    correct = p.argmax(1) == np.asarray(labels)
+def reliability(confidence: ArrayLike, correct: ArrayLike, bins: int = BINS) -> Reliability:
+    """Accuracy against confidence in equal-width bins (Guo et al. 2017); confidence in [0, 1] and correct are [N]."""
+    confidence = np.asarray(confidence, np.float64)
     edges = np.linspace(0.0, 1.0, bins + 1)
     index = np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, bins - 1)
     counts = np.bincount(index, minlength=bins)
@@ -75,13 +73,14 @@ def reliability(probabilities: ArrayLike, labels: ArrayLike, bins: int = BINS) -
         edges,
         counts,
         np.bincount(index, confidence, bins) / filled,
-        np.bincount(index, correct.astype(np.float64), bins) / filled,
+        np.bincount(index, np.asarray(correct, np.float64), bins) / filled,
     )
 
 
 def expected_calibration_error(probabilities: ArrayLike, labels: ArrayLike, bins: int = BINS) -> float:
     """Mean distance between confidence and accuracy over bins, weighted by their counts (Guo et al. 2017, eq. 3)."""
-    return calibration_error(reliability(probabilities, labels, bins))
+    p = np.asarray(probabilities)
+    return calibration_error(reliability(p.max(1), p.argmax(1) == np.asarray(labels), bins))
 
 
 def calibration_error(diagram: Reliability) -> float:
@@ -91,17 +90,18 @@ def calibration_error(diagram: Reliability) -> float:
     return float((diagram.counts[filled] * gap).sum() / diagram.counts.sum())
 
 
-def brier(probabilities: ArrayLike, labels: ArrayLike) -> float:
-    """Brier score: mean over pictures of the squared distance to the one-hot label, in [0, 2] (Brier 1950)."""
+def squared_error(probabilities: ArrayLike, labels: ArrayLike) -> NDArray[np.float64]:
+    """[N]: squared distance of the probabilities [N, C] from the one-hot label, in [0, 2]; its mean is Brier's score
+    (Brier 1950)."""
     p = np.asarray(probabilities, np.float64)
     truth = p[np.arange(len(p)), np.asarray(labels)]
-    return float(np.mean((p * p).sum(1) - 2 * truth + 1))
+    return np.asarray((p * p).sum(1) - 2 * truth + 1)
 
 
-def negative_log_likelihood(probabilities: ArrayLike, labels: ArrayLike) -> float:
-    """Mean of -log p(label) in nats; probabilities [N, C] are clamped from below at 1e-30."""
+def log_loss(probabilities: ArrayLike, labels: ArrayLike) -> NDArray[np.float64]:
+    """[N]: -log p(label) in nats, probabilities [N, C] clamped from below at 1e-30; its mean is the NLL."""
     p = np.asarray(probabilities, np.float64)
-    return float(-np.log(np.maximum(p[np.arange(len(p)), np.asarray(labels)], 1e-30)).mean())
+    return np.asarray(-np.log(np.maximum(p[np.arange(len(p)), np.asarray(labels)], 1e-30)))
 
 
 def auroc(scores: ArrayLike, positive: ArrayLike) -> float | None:

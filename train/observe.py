@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -72,12 +72,16 @@ class Observer:
         """Pictures uint8 [N, H, W, 3] -> (features [N, D] or [N, K, D], the original's probabilities [N, C])."""
         features, original = [], []
         with torch.inference_mode():
-            for start in range(0, len(images), BATCH):
-                batch = torch.from_numpy(np.ascontiguousarray(images[start : start + BATCH])).permute(0, 3, 1, 2)
-                x = normalise(batch.to(self.weights.device), self._preprocessing)
+            for x in self._batches(images):
                 features.append(self.model.features(x).float().cpu().numpy())
                 original.append(self.model.original_logits(x).float().softmax(1).cpu().numpy())
         return np.concatenate(features), np.concatenate(original)
+
+    def original(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Pictures uint8 [N, H, W, 3] -> the original classifier's probabilities [N, C] alone."""
+        with torch.inference_mode():
+            found = [self.model.original_logits(x).float().softmax(1).cpu().numpy() for x in self._batches(images)]
+        return np.concatenate(found)
 
     def statistics(self, features: NDArray[np.float32], temperature: Sequence[float]) -> HeadStatistics:
         """Features as `look` gives them, temperature [K] -> statistics, float32."""
@@ -89,3 +93,8 @@ class Observer:
         own = features if features.ndim == 2 else features[:, head]
         weights, bias = self.weights[head].cpu().numpy() / self.keep, self.bias[head].cpu().numpy()
         return np.stack([(own * mask) @ weights.T + bias for mask in self.masks.astype(np.float32)], axis=1)
+
+    def _batches(self, images: NDArray[np.uint8]) -> Iterator[torch.Tensor]:
+        for start in range(0, len(images), BATCH):
+            batch = torch.from_numpy(np.ascontiguousarray(images[start : start + BATCH])).permute(0, 3, 1, 2)
+            yield normalise(batch.to(self.weights.device), self._preprocessing)

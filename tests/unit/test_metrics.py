@@ -33,7 +33,9 @@ def test_flips_explain_the_change_of_accuracy() -> None:
 def test_calibration_error_by_hand() -> None:
     # two pictures at .9, one right: gap .4; two at .6, both right: gap .4; one at .5, wrong: gap .5
     p = [[0.9, 0.1], [0.9, 0.1], [0.6, 0.4], [0.6, 0.4], [0.5, 0.5]]
-    diagram = metrics.reliability(p, [0, 1, 0, 0, 1], bins=10)
+    diagram = metrics.reliability(np.max(p, 1), [True, False, True, True, False], bins=10)
+    error = metrics.expected_calibration_error(p, [0, 1, 0, 0, 1], bins=10)
+    assert error == metrics.calibration_error(diagram)
     assert diagram.counts.tolist() == [0, 0, 0, 0, 1, 2, 0, 0, 2, 0]
     assert metrics.calibration_error(diagram) == pytest.approx((2 * 0.4 + 2 * 0.4 + 1 * 0.5) / 5)
     assert np.isnan(diagram.accuracy[0])
@@ -46,17 +48,17 @@ def test_a_perfect_and_sure_classifier_has_no_calibration_error() -> None:
 
 def test_brier_and_likelihood_by_hand() -> None:
     p = [[0.8, 0.2, 0.0], [0.1, 0.1, 0.8]]
-    assert metrics.brier(p, [0, 1]) == pytest.approx(((0.04 + 0.04) + (0.01 + 0.81 + 0.64)) / 2)
-    assert metrics.negative_log_likelihood(p, [0, 1]) == pytest.approx(-(np.log(0.8) + np.log(0.1)) / 2)
+    assert metrics.squared_error(p, [0, 1]).mean() == pytest.approx(((0.04 + 0.04) + (0.01 + 0.81 + 0.64)) / 2)
+    assert metrics.log_loss(p, [0, 1]).mean() == pytest.approx(-(np.log(0.8) + np.log(0.1)) / 2)
 
 
 def test_likelihood_of_an_impossible_label_is_finite() -> None:
-    assert metrics.negative_log_likelihood([[1.0, 0.0]], [1]) == pytest.approx(-np.log(1e-30))
+    assert metrics.log_loss([[1.0, 0.0]], [1])[0] == pytest.approx(-np.log(1e-30))
 
 
 def test_brier_is_the_squared_distance_to_the_label() -> None:
     p, labels = random_answers()
-    assert metrics.brier(p, labels) == pytest.approx(((p - np.eye(5)[labels]) ** 2).sum(1).mean())
+    assert metrics.squared_error(p, labels) == pytest.approx(((p - np.eye(5)[labels]) ** 2).sum(1))
 
 
 def test_auroc_by_hand_and_where_it_is_undefined() -> None:
@@ -104,9 +106,11 @@ def test_bootstrap_is_deterministic_and_exact_where_nothing_differs() -> None:
 @given(st.integers(1, 60), st.integers(2, 6), st.integers(0, 2**31))
 def test_measures_stay_in_their_ranges(n: int, classes: int, seed: int) -> None:
     p, labels = random_answers(n, classes, seed)
-    diagram = metrics.reliability(p, labels)
+    correct = p.argmax(1) == labels
+    diagram = metrics.reliability(p.max(1), correct)
     assert diagram.counts.sum() == n
     assert 0 <= metrics.calibration_error(diagram) <= 1
-    assert 0 <= metrics.brier(p, labels) <= 2
-    correct = p.argmax(1) == labels
+    errors = metrics.squared_error(p, labels)
+    assert errors.min() >= 0
+    assert errors.max() <= 2
     assert metrics.risk_coverage(p.max(1), correct).risk[-1] == pytest.approx(1 - correct.mean())

@@ -1,0 +1,327 @@
+"""Evaluation: what the answers to clean pictures and to 15 corruptions x 5 severities are worth."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trivium.runtime.bundle import Manifest
+from trivium.runtime.errors import ConfigError
+from trivium.runtime.router import routers
+
+from . import metrics
+from .corruptions import SEVERITIES, TEST_CORRUPTIONS
+from .data import Pictures
+from .results import (
+    Answerer,
+    Bounds,
+    Corrupted,
+    Data,
+    Detection,
+    Diagram,
+    Diagrams,
+    Difference,
+    Histogram,
+    Model,
+    Results,
+    Two,
+    TwoDifferences,
+)
+from .subject import Subject
+from .tally import ORIGINAL, Tally, ask, choose_pictures
+
+PACKAGES = ("trivium", "torch", "timm", "numpy", "onnxruntime", "scikit-learn")
+COVERAGE = 0.8
+ENTROPY_BINS = 30
+LEAST_GAP = 5e-4
+"""Of accuracy; no share of a smaller gap is worth naming."""
+
+
+def evaluate(
+    subject: Subject,
+    pictures: Pictures,
+    *,
+    original: Subject | None = None,
+    count: int | None = None,
+    seed: int = 0,
+    left_out: Sequence[str] = (),
+    command: Sequence[str] = (),
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[Results, Tally]:
+    """Ask and sum up.
+
+    Args:
+        original: see `ask`.
+        count: pictures used at most, drawn by seed; None uses all.
+        left_out: corruptions that do not count, besides those that calibration saw.
+        command: as the user gave it, for the record.
+
+    Raises: ConfigError where data and model do not fit.
+    """
+    if unknown := set(left_out) - set(TEST_CORRUPTIONS):
+        raise ConfigError(f"no corruption {min(unknown)!r}; there are: {', '.join(TEST_CORRUPTIONS)}")
+    began, cpu = time.perf_counter(), time.process_time()
+    chosen = choose_pictures(pictures, count, seed)
+    if len(chosen) == 0:
+        raise ConfigError("there are no test pictures")
+    tally = ask(subject, pictures, chosen, original=original, seed=seed, progress=progress)
+    seen = subject.manifest.calibration.mixture if subject.manifest.calibration else {}
+    excluded = [name for name in TEST_CORRUPTIONS if name in seen or name in left_out]
+    if len(excluded) == len(TEST_CORRUPTIONS):
+        raise ConfigError("every corruption is left out, so nothing counts")
+    manifest = subject.manifest
+    document = pictures.describe()
+    names = [name for name in tally.class_id if name != ORIGINAL or ORIGINAL in manifest.heads]
+    best = best_head(tally, manifest.heads, excluded)
+    if ORIGINAL in manifest.heads:
+        source = "the model's own head"
+    elif original is not None:
+        source = f"{original.path} ({original.original_is or 'its default router'})"
+    elif subject.original_is is not None:
+        source = subject.original_is
+    else:
+        source = "absent: a bundle holds no original classifier; name one with --original"
+    results = Results(
+        command=shlex.join(command),
+        seed=seed,
+        versions=package_versions(),
+        cpu_seconds=round(time.process_time() - cpu, 1),
+        wall_seconds=round(time.perf_counter() - began, 1),
+        model=Model(
+            kind=subject.kind,
+            path=subject.path,
+            name=manifest.name,
+            heads=list(manifest.heads),
+            classes=list(manifest.classes),
+            routers=routers(manifest),
+            default_router=manifest.router.default,
+            original=source,
+        ),
+        data=Data(source=document["source"], split=pictures.split, pictures=len(chosen), digest=document["digest"]),
+        severities=list(SEVERITIES),
+        left_out=excluded,
+        trained_on=trained_on(manifest),
+        answerers=[answerer(tally, manifest, name, best, excluded) for name in tally.class_id],
+        corruptions={
+            kind: Corrupted(
+                counted=kind not in excluded,
+                accuracy={name: by_severity(tally, tally.right(name), kind) for name in tally.class_id},
+                oracle=by_severity(tally, any_right(tally, manifest.heads), kind),
+            )
+            for kind in TEST_CORRUPTIONS
+        },
+        bounds=bounds(tally, manifest.heads, [n for n in names if n not in manifest.heads], best, excluded),
+        detection=detection(tally, manifest.router.default, excluded),
+        head_share=head_share(tally, excluded),
+        reliability={name: diagrams(tally, name, excluded) for name in tally.class_id},
+        entropy={head: histogram(tally, head, len(manifest.classes), excluded) for head in manifest.heads},
+        calibration=manifest.calibration,
+        costs=costs(manifest),
+    )
+    return results, tally
+
+
+def counted(tally: Tally, excluded: Sequence[str]) -> NDArray[np.intp]:
+    """Numbers of the corrupted variants that enter headline figures."""
+    return np.array([v for v, (name, severity) in enumerate(tally.variants) if severity and name not in excluded])
+
+
+def two(tally: Tally, values: NDArray[Any], excluded: Sequence[str]) -> Two:
+    """Means of values [V, N] over clean and over counted corrupted views."""
+    return Two(clean=_short(values[0].mean()), corrupted=_short(values[counted(tally, excluded)].mean()))
+
+
+def best_head(tally: Tally, heads: Sequence[str], excluded: Sequence[str]) -> str:
+    """The head most accurate on the mix of half clean, half corrupted."""
+    return max(heads, key=lambda head: _mix(two(tally, tally.right(head), excluded)))
+
+
+def any_right(tally: Tally, heads: Sequence[str]) -> NDArray[np.bool_]:
+    """[V, N]: whether any head is right."""
+    return np.asarray(np.any([tally.right(head) for head in heads], axis=0))
+
+
+def answerer(tally: Tally, manifest: Manifest, name: str, best: str, excluded: Sequence[str]) -> Answerer:
+    """One answerer's measures."""
+    shifted = counted(tally, excluded)
+    right, confidence = tally.right(name), tally.confidence[name]
+    if name in manifest.heads:
+        role = "head"
+    else:
+        role = "original" if name == ORIGINAL else "rule"
+    negative = positive = over_original = None
+    if ORIGINAL in tally.class_id:
+        was = tally.right(ORIGINAL)
+        negative, positive = two(tally, was & ~right, excluded), two(tally, ~was & right, excluded)
+        over_original = differences(right, was, shifted)
+    return Answerer.model_validate(
+        {
+            "name": name,
+            "role": role,
+            "default": name == manifest.router.default,
+            "accuracy": two(tally, right, excluded),
+            "negative_flips": negative,
+            "positive_flips": positive,
+            "ece": {
+                "clean": _short(metrics.calibration_error(metrics.reliability(confidence[0], right[0]))),
+                "corrupted": _short(
+                    metrics.calibration_error(metrics.reliability(confidence[shifted].ravel(), right[shifted].ravel()))
+                ),
+            },
+            "brier": two(tally, tally.squared_error[name], excluded),
+            "nll": two(tally, tally.log_loss[name], excluded),
+            "accuracy_at_80": {
+                "clean": _short(metrics.accuracy_at_coverage(confidence[0], right[0], COVERAGE)),
+                "corrupted": _short(
+                    metrics.accuracy_at_coverage(confidence[shifted].ravel(), right[shifted].ravel(), COVERAGE)
+                ),
+            },
+            "over_original": over_original,
+            "over_best_head": differences(right, tally.right(best), shifted),
+        }
+    )
+
+
+def differences(right: NDArray[np.bool_], other: NDArray[np.bool_], shifted: NDArray[np.intp]) -> TwoDifferences:
+    """Accuracy of one answerer less another's; a picture's corrupted views are resampled together."""
+    gain = right.astype(np.float64) - other
+    return TwoDifferences(clean=_difference(gain[0]), corrupted=_difference(gain[shifted].mean(0)))
+
+
+def by_severity(tally: Tally, values: NDArray[Any], kind: str) -> list[float]:
+    """Means of values [V, N] at each severity of a corruption."""
+    return [_short(values[tally.variants.index((kind, severity))].mean()) for severity in SEVERITIES]
+
+
+def bounds(tally: Tally, heads: Sequence[str], rules: Sequence[str], best: str, excluded: Sequence[str]) -> Bounds:
+    """The oracles, and how much of the way to them each rule goes."""
+    alone = two(tally, tally.right(best), excluded)
+    oracle = two(tally, any_right(tally, heads), excluded)
+    kinds = [kind for kind in TEST_CORRUPTIONS if kind not in excluded]
+    means = {kind: [np.mean(by_severity(tally, tally.right(head), kind)) for head in heads] for kind in kinds}
+    domain = Two(
+        clean=_short(max(tally.right(head)[0].mean() for head in heads)),
+        corrupted=_short(np.mean([max(each) for each in means.values()])),
+    )
+
+    def captured(limit: Two) -> dict[str, float | None]:
+        gap = _mix(limit) - _mix(alone)
+        gains = {rule: _mix(two(tally, tally.right(rule), excluded)) - _mix(alone) for rule in rules}
+        return {rule: _short(gain / gap) if gap >= LEAST_GAP else None for rule, gain in gains.items()}
+
+    return Bounds(
+        best_head=best,
+        best_head_accuracy=alone,
+        oracle=oracle,
+        domain_oracle=domain,
+        captured=captured(oracle),
+        captured_domain=captured(domain),
+    )
+
+
+def detection(tally: Tally, default: str, excluded: Sequence[str]) -> list[Detection]:
+    """How well each score finds corrupted pictures, and the default router's errors."""
+    shifted = counted(tally, excluded)
+    wrong = ~tally.right(default)
+    is_shifted = np.concatenate([np.zeros(len(tally.labels), bool), np.ones(len(shifted) * len(tally.labels), bool)])
+    return [
+        Detection(
+            score=score,
+            shift=_maybe(metrics.auroc(np.concatenate([values[0], values[shifted].ravel()]), is_shifted)),
+            errors_clean=_maybe(metrics.auroc(values[0], wrong[0])),
+            errors_corrupted=_maybe(metrics.auroc(values[shifted].ravel(), wrong[shifted].ravel())),
+        )
+        for score, values in tally.scores.items()
+    ]
+
+
+def head_share(tally: Tally, excluded: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Severity (0: clean) -> share of the counted views that each label answered."""
+    shares = {}
+    for severity in (0, *SEVERITIES):
+        rows = [v for v, (name, s) in enumerate(tally.variants) if s == severity and name not in excluded]
+        numbers = np.bincount(tally.routed[rows].ravel(), minlength=len(tally.routed_labels))
+        shares[str(severity)] = {
+            label: _short(number / numbers.sum())
+            for label, number in sorted(zip(tally.routed_labels, numbers.tolist(), strict=True))
+        }
+    return shares
+
+
+def diagrams(tally: Tally, name: str, excluded: Sequence[str]) -> Diagrams:
+    """Reliability of one answerer on clean and on counted corrupted views."""
+    right, confidence, shifted = tally.right(name), tally.confidence[name], counted(tally, excluded)
+    return Diagrams(
+        clean=_diagram(metrics.reliability(confidence[0], right[0])),
+        corrupted=_diagram(metrics.reliability(confidence[shifted].ravel(), right[shifted].ravel())),
+    )
+
+
+def histogram(tally: Tally, head: str, classes: int, excluded: Sequence[str]) -> Histogram:
+    """Predictive entropy of one head, from 0 to log C."""
+    values = tally.scores[f"predictive entropy, {head}"]
+    edges = np.linspace(0, np.log(max(classes, 2)), ENTROPY_BINS + 1)
+
+    def shares(part: NDArray[Any]) -> list[float]:
+        # rounding may put a uniform answer a hair above log C
+        numbers = np.histogram(np.clip(part, 0, edges[-1]), edges)[0]
+        return [_short(number / part.size) for number in numbers]
+
+    return Histogram(
+        edges=[_short(edge) for edge in edges],
+        clean=shares(values[0]),
+        corrupted=shares(values[counted(tally, excluded)]),
+    )
+
+
+def trained_on(manifest: Manifest) -> list[str]:
+    """Kinds of shifted views that the recipe trains on, where the model's record holds its recipe."""
+    shifts = (manifest.provenance.get("recipe") or {}).get("shifts") or {}
+    return [kind for kind in ("augmix", "pixmix", "structural") if shifts.get(kind)]
+
+
+def costs(manifest: Manifest) -> dict[str, dict[str, float]]:
+    """Training stage -> what it took, where the model's record says it."""
+    found = manifest.training.get("costs") or {}
+    return {stage: dict(cost) for stage, cost in found.items() if isinstance(cost, dict)}
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the packages that shape the numbers; those that are not installed are left out."""
+    return {name: version(name) for name in PACKAGES if find_spec(name.replace("scikit-learn", "sklearn"))}
+
+
+def _mix(values: Two) -> float:
+    return 0.5 * (values.clean + values.corrupted)
+
+
+def _short(value: float) -> float:
+    return round(float(value), 6)
+
+
+def _maybe(value: float | None) -> float | None:
+    return None if value is None else _short(value)
+
+
+def _difference(values: NDArray[np.float64]) -> Difference:
+    interval = metrics.paired_bootstrap(values)
+    return Difference(mean=_short(interval.mean), low=_short(interval.low), high=_short(interval.high))
+
+
+def _diagram(found: metrics.Reliability) -> Diagram:
+    def plain(values: NDArray[np.float64]) -> list[float | None]:
+        return [None if np.isnan(value) else _short(value) for value in values]
+
+    return Diagram(
+        edges=[_short(edge) for edge in found.edges],
+        counts=found.counts.tolist(),
+        confidence=plain(found.confidence),
+        accuracy=plain(found.accuracy),
+    )

@@ -1,0 +1,125 @@
+"""What is evaluated: a bundle through the runtime's own engine, or a checkpoint through torch, behind one interface."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trivium.kernels import HeadStatistics
+from trivium.runtime.bundle import MANIFEST, Manifest, open_bundle
+from trivium.runtime.cpus import usable_cpus
+from trivium.runtime.engine import Engine
+from trivium.runtime.errors import ConfigError
+from trivium.runtime.router import route
+
+from .calibrate import calibrate
+from .checkpoint import CHECKPOINT, load_student
+from .comparison import provisional
+from .data import Pictures, load_described
+from .observe import Observer
+
+Probabilities = NDArray[np.float32]
+
+
+class Subject(Protocol):
+    """A model under evaluation. `manifest` names heads, classes, preprocessing and router."""
+
+    kind: Literal["bundle", "checkpoint"]
+    path: str
+    manifest: Manifest
+    original_is: str | None
+    """What answers as the original classifier, in words; None where the model holds none."""
+
+    def answer(self, images: NDArray[np.uint8]) -> tuple[HeadStatistics, Probabilities | None]:
+        """uint8 [N, H, W, 3] -> statistics, and the original's probabilities [N, C] where the model holds it."""
+
+    def original(self, images: NDArray[np.uint8]) -> Probabilities:
+        """uint8 [N, H, W, 3] -> what this model answers [N, C] when it stands for the original classifier."""
+
+    def test_pictures(self) -> Pictures | None:
+        """The test split that the model's own record names."""
+
+
+class BundleSubject:
+    """A bundle; what stands for the original is its default router's answer."""
+
+    kind: Literal["bundle", "checkpoint"] = "bundle"
+    original_is = None
+
+    def __init__(self, path: str) -> None:
+        bundle = open_bundle(path)
+        self.path, self.manifest = path, bundle.manifest
+        self._engine = Engine(bundle, threads=usable_cpus())
+
+    def answer(self, images: NDArray[np.uint8]) -> tuple[HeadStatistics, Probabilities | None]:
+        return self._engine.run_batch(images), None
+
+    def original(self, images: NDArray[np.uint8]) -> Probabilities:
+        return route(self._engine.run_batch(images), self.manifest).probabilities
+
+    def test_pictures(self) -> Pictures | None:
+        data = self.manifest.provenance.get("data")
+        if not isinstance(data, dict) or "spec" not in data:
+            return None
+        return load_described(data, "test", self.manifest.preprocessing)
+
+
+class CheckpointSubject:
+    """A checkpoint, calibrated on its own calibration split the way export does it."""
+
+    kind: Literal["bundle", "checkpoint"] = "checkpoint"
+    original_is: str | None = "the checkpoint's own original classifier"
+
+    def __init__(
+        self, path: str, *, as_original: bool = False, progress: Callable[[int, int], None] | None = None
+    ) -> None:
+        student, meta = load_student(path)
+        self.path, self.meta = path, meta
+        observer = Observer(student, meta.preprocessing, meta.dropout)
+        self._observer = observer
+        self.manifest = provisional(meta.classes, meta.heads, meta.preprocessing, meta.dropout, None, meta.name)
+        if not as_original:
+            pictures = load_described(meta.data, "calibration", meta.preprocessing)
+            settings, record = calibrate(student, pictures, meta.dropout, progress=progress)
+            self._temperature = [record.temperature[head] for head in meta.heads]
+            known: dict[str, Any] = {
+                "router": settings,
+                "calibration": record,
+                "provenance": {"recipe": meta.recipe, "data": meta.data},
+                "training": {"costs": {stage: cost.model_dump() for stage, cost in meta.costs.items()}},
+            }
+            self.manifest = self.manifest.model_copy(update=known)
+
+    def answer(self, images: NDArray[np.uint8]) -> tuple[HeadStatistics, Probabilities | None]:
+        features, original = self._observer.look(images)
+        return self._observer.statistics(features, self._temperature), original
+
+    def original(self, images: NDArray[np.uint8]) -> Probabilities:
+        return self._observer.original(images)
+
+    def test_pictures(self) -> Pictures | None:
+        return load_described(self.meta.data, "test", self.meta.preprocessing)
+
+
+def open_subject(
+    path: str, *, as_original: bool = False, progress: Callable[[int, int], None] | None = None
+) -> BundleSubject | CheckpointSubject:
+    """A bundle or a checkpoint, told apart by the file that names it.
+
+    Args:
+        as_original: only its answers as an original classifier are wanted, so nothing is calibrated.
+        progress: of a checkpoint's calibration, told (pictures done, pictures in all).
+
+    Raises: ConfigError where the path is neither; BundleError and CheckpointError where it is damaged.
+    """
+    root = Path(path)
+    if (root / CHECKPOINT).exists() and not (root / MANIFEST).exists():
+        return CheckpointSubject(os.fspath(path), as_original=as_original, progress=progress)
+    if (root / MANIFEST).exists():
+        return BundleSubject(os.fspath(path))
+    raise ConfigError(f"{path}: neither a bundle ({MANIFEST}) nor a checkpoint ({CHECKPOINT}) is there")
