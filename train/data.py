@@ -217,15 +217,23 @@ def load_pictures(
 
     Raises: ConfigError in one line where the data cannot be used, or (strict) a file is unreadable.
     """
-    source = open_source(spec)
-    base = _base(spec)
-    parts = split_parts(source.parts, spec.seed, spec.calibration, spec.test, base)
-    for each in SPLITS:
-        limit = spec.limit_of(each)
-        if limit is not None and limit < len(parts[each].labels):
-            order = stratified_order(parts[each].labels, spec.seed)
-            parts[each] = parts[each].take(np.sort(order[:limit]))
+    source, parts = open_splits(spec)
     return Pictures(spec, source, parts, split, preprocessing, train_transform)
+
+
+def open_splits(spec: DataSpec) -> tuple[Source, dict[Split, Part]]:
+    """The source of a spec and its three splits, limits applied.
+
+    Raises: ConfigError, as load_pictures.
+    """
+    source = open_source(spec)
+    parts = split_parts(source.parts, spec.seed, spec.calibration, spec.test, _base(spec))
+    for split in SPLITS:
+        limit = spec.limit_of(split)
+        if limit is not None and limit < len(parts[split].labels):
+            order = stratified_order(parts[split].labels, spec.seed)
+            parts[split] = parts[split].take(np.sort(order[:limit]))
+    return source, parts
 
 
 def load_described(
