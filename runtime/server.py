@@ -116,12 +116,14 @@ class Server:
             await asyncio.sleep(grace)
         self.service.close()
         _log.info("draining %d requests", self.service.in_flight)
-        stopping = asyncio.ensure_future(self._grpc.stop(self.settings.drain_seconds))
+        # gRPC itself must not cut requests off before they were told why
+        stopping = asyncio.ensure_future(self._grpc.stop(self.settings.drain_seconds + FLUSH_SECONDS))
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self.service.idle(), self.settings.drain_seconds)
+        if left := self.service.in_flight:
+            self.scheduler.close(0.0)
         # streams of health watchers would otherwise keep the server until drain_seconds are over
         await asyncio.wait({stopping}, timeout=FLUSH_SECONDS)
-        left = self.service.in_flight
         await self._grpc.stop(0)
         await stopping
         self._http.close()

@@ -1,0 +1,146 @@
+"""Real server processes on tiny real bundles."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from trivium.runtime.bundle import read_manifest, seal
+
+START_SECONDS = 60
+"""A loaded machine is slow to start anything; tests of the start-up time look at the process's own clock."""
+
+
+class ServerProcess:
+    """`trivium serve` as a process, with ports of the system's choice."""
+
+    def __init__(self, directory: Path, *arguments: object, environment: dict[str, str] | None = None) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        ready = directory / "ready.json"
+        command = [sys.executable, "-m", "trivium", "serve", *map(str, arguments)]
+        command += ["--grpc-port", "0", "--http-port", "0", "--ready-file", str(ready)]
+        self.log = directory / "stderr.txt"
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=log, text=True, env={**os.environ, **(environment or {})}
+            )
+        end = time.monotonic() + START_SECONDS
+        while not ready.exists():
+            if self.process.poll() is not None or time.monotonic() > end:
+                self.process.kill()
+                raise RuntimeError(f"the server did not start:\n{self.log.read_text()}")
+            time.sleep(0.02)
+        self.ready = json.loads(ready.read_text())
+        self.url: str = self.ready["grpc"]
+
+    def get(self, path: str, method: str = "GET") -> tuple[int, str]:
+        """Status and body of an HTTP request."""
+        request = urllib.request.Request(f"http://{self.ready['http']}{path}", method=method)
+        try:
+            with urllib.request.urlopen(request, timeout=30) as response:
+                return response.status, response.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode()
+
+    def metrics(self) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
+        """Every sample by name and labels."""
+        families = text_string_to_metric_families(self.get("/metrics")[1])
+        return {(s.name, frozenset(s.labels.items())): s.value for family in families for s in family.samples}
+
+    def metric(self, name: str, **labels: str) -> float:
+        """The sum of the samples that have these labels."""
+        wanted = set(labels.items())
+        return sum(value for (found, has), value in self.metrics().items() if found == name and wanted <= has)
+
+    def wait_until(self, condition: Callable[[], bool], seconds: float = 30.0) -> None:
+        end = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < end, "the server did not get there in time"
+            time.sleep(0.005)
+
+    def stop(self, number: signal.Signals = signal.SIGINT, seconds: float = 30.0) -> int:
+        """Send a signal and wait; the exit status."""
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        try:
+            return self.process.wait(seconds)
+        finally:
+            self.process.kill()
+            assert self.process.stdout is not None
+            self.process.stdout.close()
+
+
+Serve = Callable[..., ServerProcess]
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Serve]:
+    """serve(bundle, "--flag", value, ...) starts a server that ends with the test."""
+    started: list[ServerProcess] = []
+
+    def start(*arguments: object, environment: dict[str, str] | None = None) -> ServerProcess:
+        started.append(ServerProcess(tmp_path / f"server{len(started)}", *arguments, environment=environment))
+        return started[-1]
+
+    yield start
+    for server in started:
+        server.stop(signal.SIGKILL)
+
+
+@pytest.fixture(scope="session")
+def server(
+    tiny_bundle: Path,
+    single_head_bundle: Path,
+    build_bundle: Callable[..., Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[ServerProcess]:
+    """One server for all tests that do not stop it: models tiny (versions 1 and 3) and single."""
+    root = tmp_path_factory.mktemp("server")
+    third = build_bundle(root / "third", version="3")
+    single = build_bundle(root / "single", heads=("original",), name="single")
+    running = ServerProcess(root, tiny_bundle, third, single, "--instances", "2")
+    yield running
+    assert running.stop() == 0, running.log.read_text()
+
+
+@pytest.fixture(scope="session")
+def slow_bundle(build_bundle: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle named slow, one picture of which takes tens of milliseconds: matrix products that change nothing."""
+    onnx = pytest.importorskip("onnx")
+    from onnx import helper, numpy_helper
+
+    root = build_bundle(tmp_path_factory.mktemp("slow") / "slow", name="slow")
+    model = onnx.load(root / "model.onnx")
+    side, products = 512, 8
+    start = next(i for i, node in enumerate(model.graph.node) if "features" in node.output)
+    model.graph.node[start].output[0] = "plain_features"
+    nodes = [
+        helper.make_node("ReduceMean", ["float"], ["brightness"], keepdims=0),
+        helper.make_node("Mul", ["brightness", "permutation"], ["product_0"]),
+        *(helper.make_node("MatMul", [f"product_{i}", "permutation"], [f"product_{i + 1}"]) for i in range(products)),
+        helper.make_node("ReduceMean", [f"product_{products}"], ["average"], keepdims=0),
+        helper.make_node("Mul", ["average", "zero"], ["nothing"]),
+        helper.make_node("Add", ["plain_features", "nothing"], ["features"]),
+    ]
+    for offset, node in enumerate(nodes):
+        model.graph.node.insert(start + 1 + offset, node)
+    permutation = np.eye(side, dtype=np.float32)[np.random.default_rng(1).permutation(side)]
+    model.graph.initializer.append(numpy_helper.from_array(permutation, "permutation"))
+    model.graph.initializer.append(numpy_helper.from_array(np.zeros((), np.float32), "zero"))
+    onnx.save(model, root / "model.onnx")
+    manifest = read_manifest(root)
+    (root / "golden.npz").unlink()
+    seal(root, manifest.model_copy(update={"golden": None}))
+    return root
