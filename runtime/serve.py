@@ -17,6 +17,8 @@ def main() -> None:
     if print_config:
         print(settings.yaml(), end="")
         return
+    # gRPC's core would print its own version of an error that is about to be raised
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     # imported late: --help and --print-config need neither gRPC nor ONNX Runtime
     import uvloop
 

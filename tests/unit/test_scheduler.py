@@ -1,0 +1,272 @@
+"""The queue: order, fairness, bounds, deadlines, removal, and that nothing is lost or done twice under fire."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+
+from trivium.runtime.errors import DeadlineExceeded, EngineError, InvalidPicture, QueueFull, ShuttingDown
+from trivium.runtime.scheduler import NORMAL, URGENT, Job, Scheduler
+
+
+class Gate:
+    """A job's work that waits until it is let through, and notes what ran."""
+
+    def __init__(self) -> None:
+        self.open = threading.Event()
+        self.started = threading.Semaphore(0)
+        self.ran: list[Any] = []
+
+    def job(self, name: str, size: int = 1, **options: Any) -> Job[Any]:
+        def run(index: int) -> Any:
+            self.ran.append((name, index))
+            self.started.release()
+            self.open.wait(10)
+            return name, index
+
+        return finished_job(size, run, **options)
+
+
+def finished_job(size: int, run: Callable[[int], Any], **options: Any) -> Job[Any]:
+    return Job(size, run, lambda job: done[job].append(job), **options)
+
+
+done: defaultdict[Job[Any], list[Job[Any]]] = defaultdict(list)
+"""How often each job of the running test was done."""
+
+
+@pytest.fixture(autouse=True)
+def _forget() -> None:
+    done.clear()
+
+
+@pytest.fixture
+def make() -> Iterator[Callable[..., Scheduler]]:
+    made: list[Scheduler] = []
+
+    def build(*arguments: int) -> Scheduler:
+        made.append(Scheduler(*arguments))
+        return made[-1]
+
+    yield build
+    for scheduler in made:
+        scheduler.close(10)
+
+
+def wait(job: Job[Any]) -> Job[Any]:
+    end = time.monotonic() + 10
+    while not done[job]:
+        assert time.monotonic() < end, "the job was never done"
+        time.sleep(0.001)
+    assert len(done[job]) == 1
+    return job
+
+
+def blocked(make: Callable[..., Scheduler], *arguments: int) -> tuple[Scheduler, Gate]:
+    """A scheduler of one worker, busy until the gate opens."""
+    scheduler, gate = make(1, *(arguments or (100,))), Gate()
+    scheduler.submit(gate.job("first"))
+    assert gate.started.acquire(timeout=10)
+    return scheduler, gate
+
+
+def test_results_keep_their_order(make: Callable[..., Scheduler]) -> None:
+    scheduler = make(3, 100)
+    job = finished_job(50, lambda index: index * index)
+    scheduler.submit(job)
+    assert wait(job).results == [i * i for i in range(50)]
+    assert job.error is None
+    assert (scheduler.depth, scheduler.running, scheduler.executed) == (0, 0, 50)
+
+
+def test_requests_and_models_take_turns(make: Callable[..., Scheduler]) -> None:
+    scheduler, gate = blocked(make)
+    jobs = [gate.job("a", 3, lane="x"), gate.job("b", 2, lane="x"), gate.job("c", 2, lane="y")]
+    for job in jobs:
+        scheduler.submit(job)
+    gate.open.set()
+    for job in jobs:
+        wait(job)
+    # lanes x and y alternate; within x, a and b do
+    assert gate.ran[1:] == [("a", 0), ("c", 0), ("b", 0), ("c", 1), ("a", 1), ("b", 1), ("a", 2)]
+
+
+def test_urgent_goes_first(make: Callable[..., Scheduler]) -> None:
+    scheduler, gate = blocked(make)
+    jobs = [gate.job("normal", 2, priority=NORMAL), gate.job("urgent", 2, priority=URGENT)]
+    for job in jobs:
+        scheduler.submit(job)
+    gate.open.set()
+    for job in jobs:
+        wait(job)
+    assert [name for name, _ in gate.ran[1:]] == ["urgent", "urgent", "normal", "normal"]
+
+
+def test_no_worker_takes_more_than_one(make: Callable[..., Scheduler]) -> None:
+    scheduler, gate = make(3, 100), Gate()
+    scheduler.submit(gate.job("many", 9))
+    for _ in range(3):
+        assert gate.started.acquire(timeout=10)
+    assert not gate.started.acquire(timeout=0.05)
+    assert (scheduler.running, scheduler.depth) == (3, 6)
+    gate.open.set()
+
+
+def test_bounds(make: Callable[..., Scheduler]) -> None:
+    scheduler, gate = blocked(make, 4, 1000)
+    scheduler.submit(gate.job("three", 3, nbytes=600))
+    with pytest.raises(QueueFull, match="3 pictures wait, 4 may, the request has 2"):
+        scheduler.submit(gate.job("two", 2))
+    with pytest.raises(QueueFull, match="600 bytes, 1000 may be held"):
+        scheduler.submit(gate.job("large", 1, nbytes=500))
+    last = gate.job("one", 1, nbytes=400)
+    scheduler.submit(last)
+    gate.open.set()
+    wait(last)
+    end = time.monotonic() + 10
+    while scheduler.nbytes or scheduler.depth or scheduler.running:
+        assert time.monotonic() < end
+        time.sleep(0.001)
+    scheduler.submit(gate.job("again", 4, nbytes=1000))
+
+
+def test_a_deadline_that_passes_in_the_queue_never_runs(make: Callable[..., Scheduler]) -> None:
+    scheduler, gate = blocked(make)
+    late = gate.job("late", 2, nbytes=10, deadline=time.monotonic() + 0.02)
+    scheduler.submit(late)
+    time.sleep(0.03)
+    gate.open.set()
+    assert isinstance(wait(late).error, DeadlineExceeded)
+    assert gate.ran == [("first", 0)]
+    assert (scheduler.depth, scheduler.nbytes) == (0, 0)
+    with pytest.raises(DeadlineExceeded):
+        scheduler.submit(gate.job("later", deadline=time.monotonic() - 1))
+
+
+def test_removal_is_at_once_and_happens_once(make: Callable[..., Scheduler]) -> None:
+    scheduler, gate = blocked(make)
+    job = gate.job("job", 3, nbytes=7)
+    scheduler.submit(job)
+    assert scheduler.remove(job, DeadlineExceeded("late"))
+    assert not scheduler.remove(job, DeadlineExceeded("later"))
+    assert str(wait(job).error) == "late"
+    assert (scheduler.depth, scheduler.nbytes) == (0, 0)
+    gate.open.set()
+    time.sleep(0.02)
+    assert gate.ran == [("first", 0)]
+
+
+def test_removal_of_a_running_job_drops_its_answer_and_keeps_its_bytes_until_then(
+    make: Callable[..., Scheduler],
+) -> None:
+    scheduler, gate = make(1, 10), Gate()
+    job = gate.job("job", 3, nbytes=7)
+    scheduler.submit(job)
+    assert gate.started.acquire(timeout=10)
+    assert scheduler.remove(job, DeadlineExceeded("late"))
+    assert (scheduler.depth, scheduler.nbytes) == (0, 7)
+    gate.open.set()
+    after = gate.job("after")
+    scheduler.submit(after)
+    wait(after)
+    wait(job)
+    assert gate.ran == [("job", 0), ("after", 0)]
+    assert scheduler.nbytes == 0
+
+
+def test_one_bad_picture_fails_its_request_alone(make: Callable[..., Scheduler]) -> None:
+    scheduler = make(1, 100)
+    ran: list[int] = []
+
+    def run(index: int) -> int:
+        ran.append(index)
+        if index == 1:
+            raise InvalidPicture("picture 1 is bad")
+        return index
+
+    bad, good = finished_job(10, run), finished_job(1, lambda index: index)
+    scheduler.submit(bad)
+    scheduler.submit(good)
+    assert isinstance(wait(bad).error, InvalidPicture)
+    assert wait(good).results == [0]
+    assert ran == [0, 1]
+
+
+def test_workers_outlive_bugs(make: Callable[..., Scheduler], caplog: pytest.LogCaptureFixture) -> None:
+    scheduler = make(1, 100)
+    bug = finished_job(1, lambda index: 1 // index)
+    scheduler.submit(bug)
+    assert isinstance(wait(bug).error, EngineError)
+    assert "ZeroDivisionError" in caplog.text
+    assert "division" not in str(bug.error)
+    good = finished_job(1, lambda index: index)
+    scheduler.submit(good)
+    assert wait(good).error is None
+
+
+def test_close_refuses_what_waits_and_finishes_what_runs(make: Callable[..., Scheduler]) -> None:
+    scheduler, gate = blocked(make)
+    waiting = gate.job("waiting")
+    scheduler.submit(waiting)
+    threading.Timer(0.02, gate.open.set).start()
+    scheduler.close(10)
+    assert isinstance(wait(waiting).error, ShuttingDown)
+    assert gate.ran == [("first", 0)]
+    with pytest.raises(ShuttingDown):
+        scheduler.submit(gate.job("new"))
+
+
+def test_under_fire_every_job_is_done_exactly_once_with_its_own_answer(make: Callable[..., Scheduler]) -> None:
+    scheduler = make(4, 40, 4000)
+    accepted: list[tuple[Job[Any], int]] = []
+    guard = threading.Lock()
+
+    def answer(token: int, index: int) -> int:
+        time.sleep(0.0001)
+        return token * 10 + index
+
+    def client(seed: int) -> None:
+        rng = random.Random(seed)
+        for number in range(150):
+            token = seed * 1000 + number
+            deadline = time.monotonic() + rng.choice([0.0005, 0.002, 10.0])
+            job = finished_job(
+                rng.randint(1, 8),
+                partial(answer, token),
+                nbytes=rng.randint(0, 300),
+                lane=rng.choice("xyz"),
+                priority=rng.choice([URGENT, NORMAL]),
+                deadline=deadline,
+            )
+            try:
+                scheduler.submit(job)
+            except (QueueFull, DeadlineExceeded):
+                time.sleep(0.001)
+                continue
+            with guard:
+                accepted.append((job, token))
+            if rng.random() < 0.2:
+                scheduler.remove(job, DeadlineExceeded("left"))
+
+    threads = [threading.Thread(target=client, args=(seed,)) for seed in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(accepted) > 50
+    outcomes = set()
+    for job, token in accepted:
+        wait(job)
+        outcomes.add(type(job.error))
+        if job.error is None:
+            assert job.results == [token * 10 + i for i in range(job.size)]
+    assert outcomes == {type(None), DeadlineExceeded}
+    scheduler.close(10)
+    assert (scheduler.depth, scheduler.running, scheduler.nbytes) == (0, 0, 0)
