@@ -210,7 +210,7 @@ class Demo:
             )
         if not entropy[1] > entropy[0]:
             raise DemoError(
-                f"the mean entropy of corrupted pictures, {entropy[1]:.3f}, is not above that of clean, {entropy[0]:.3f}"
+                f"mean entropy of corrupted pictures, {entropy[1]:.3f}, is not above that of clean, {entropy[0]:.3f}"
             )
         self.console.print("so the model is less sure of corrupted pictures, as it should be")
 
