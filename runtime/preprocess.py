@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 """Of the files that a directory of pictures is searched for, lower case."""
+MAX_SCANS = 64
+"""Of a JPEG. An encoder writes about ten; each costs a pass over all pixels but only a hundred bytes, so that 300 kB
+of them can keep a core busy for half a minute."""
 _ORIENTATION = 0x0112
 
 # Pillow warns of broken metadata with texts taken from it: strangers would write into the log, and Python would keep
@@ -123,6 +126,8 @@ def read_picture(
 def _reader(data: bytes) -> tuple[Callable[[BytesIO], Image.Image], str]:
     # The plugin itself, not Image.open: that tries other formats and has a process-wide pixel limit of its own.
     if data.startswith(b"\xff\xd8\xff"):
+        if (scans := data.count(b"\xff\xda")) > MAX_SCANS:
+            raise InvalidPicture(f"the JPEG has {scans} scans, more than the limit of {MAX_SCANS}")
         from PIL.JpegImagePlugin import JpegImageFile
 
         return JpegImageFile, "JPEG"

@@ -150,7 +150,7 @@ def test_the_self_test_passes_and_notices_other_weights(copy: Path) -> None:
         bias = next(i for i in model.graph.initializer if i.name == "heads.bias")
         bias.CopyFrom(
             onnx.numpy_helper.from_array(
-                onnx.numpy_helper.to_array(bias) + np.repeat(np.float32([0.5, 0]), 5), bias.name
+                onnx.numpy_helper.to_array(bias) + np.repeat(np.array([0.5, 0], np.float32), 5), bias.name
             )
         )
 
