@@ -1,0 +1,103 @@
+"""The small robust teacher: its training loss, its Monte-Carlo-dropout answers, and the check that it can teach."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from trivium.runtime.errors import ClientError
+
+from .backbone import Classifier
+from .losses import jensen_shannon
+
+Shift = Callable[[Tensor, torch.Generator], Tensor]
+Normalise = Callable[[Tensor], Tensor]
+
+
+class TeacherRefused(ClientError):
+    """A teacher that is no better than the original on shifted pictures."""
+
+
+class Preflight(BaseModel):
+    """Accuracy on held-out pictures, clean and shifted by augmentations drawn anew from a mixing set of their own."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    pictures: int
+    original_clean: float
+    original_shifted: float
+    teacher_clean: float
+    teacher_shifted: float
+
+    @property
+    def passed(self) -> bool:
+        return self.teacher_shifted > self.original_shifted
+
+
+def teacher_loss(
+    model: nn.Module,
+    x: Tensor,
+    labels: Tensor,
+    generator: torch.Generator,
+    shift: Shift,
+    normalise: Normalise,
+    loss: Literal["ce", "jsd"],
+    jsd_weight: float,
+    clean_share: float,
+    label_smoothing: float,
+) -> tuple[Tensor, dict[str, float]]:
+    """Loss of a batch of pictures [B, 3, H, W] in [0, 1].
+
+    ce: cross-entropy of shifted views, a share of the pictures left clean (PixMix's form). jsd: CE(clean) +
+    jsd_weight JSD(clean, view, another view) (AugMix's form; jsd_weight is 12 there and the mean over three KLs is
+    inside the divergence).
+    """
+    if loss == "ce":
+        views = shift(x, generator)
+        if clean_share > 0:
+            clean = (torch.rand(len(x), generator=generator) < clean_share).to(x.device)
+            views = torch.where(clean[:, None, None, None], x, views)
+        logits = model(normalise(views)).float()
+        return F.cross_entropy(logits, labels, label_smoothing=label_smoothing), {}
+    views = torch.cat([x, shift(x, generator), shift(x, generator)])
+    parts = model(normalise(views)).float().chunk(3)
+    cross_entropy = F.cross_entropy(parts[0], labels, label_smoothing=label_smoothing)
+    divergence = jensen_shannon(parts)
+    return cross_entropy + jsd_weight * divergence, {
+        "cross_entropy": cross_entropy.item(),
+        "jensen_shannon": divergence.item(),
+    }
+
+
+@torch.no_grad()
+def teacher_passes(teacher: Classifier, x: Tensor, passes: int, dropout: float) -> Tensor:
+    """Normalised pictures -> the teacher's logits [T, B, C], float32: its plain answer where passes is 1, else under
+    dropout before its last layer."""
+    features = teacher.features(x)
+    if passes == 1:
+        return teacher.head(features).float()[None]
+    dropped = F.dropout(features.expand(passes, *features.shape), dropout, training=True)
+    return teacher.head(dropped).float()
+
+
+def judge(result: Preflight, policy: Literal["refuse", "warn"], say: Callable[[str], None]) -> None:
+    """Refuse, or warn of, a teacher that is not better than the original on shifted pictures.
+
+    Raises: TeacherRefused.
+    """
+    line = (
+        f"on {result.pictures} held-out shifted pictures the teacher is right on {result.teacher_shifted:.1%}, "
+        f"the original on {result.original_shifted:.1%}"
+    )
+    if result.passed:
+        say(f"preflight: {line}")
+        return
+    advice = "train the teacher longer or with stronger shifts, or set teacher: null"
+    if policy == "refuse":
+        raise TeacherRefused(f"preflight: {line}: it has nothing to teach; {advice} (preflight: warn goes on)")
+    say(f"WARNING: preflight: {line}: it has little to teach; {advice}")
