@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +12,7 @@ from time import perf_counter_ns
 from typing import Any
 
 from .bundle import Manifest, printable
+from .cpus import usable_cpus
 from .errors import InvalidPicture, InvalidRequest
 from .predictor import Prediction, Predictor
 from .preprocess import SUFFIXES, read_picture
@@ -79,7 +79,7 @@ def predict(
             return error
         return predictor.infer(image, router, decode_ns=perf_counter_ns() - start)
 
-    pool = ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0)))
+    pool = ThreadPoolExecutor(max_workers=usable_cpus())
     try:
         yield from zip(paths, pool.map(one, paths), strict=True)
     finally:

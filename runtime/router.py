@@ -54,16 +54,17 @@ def route(statistics: HeadStatistics, manifest: Manifest, router: str | None = N
     available = routers(manifest)
     if name not in available:
         raise InvalidRequest(f"unknown router {name[:100]!r}; this model has: {', '.join(available)}")
-    choice = RULES[name](statistics, manifest) if name not in manifest.heads else _head(name, statistics, manifest)
-    # head by head, so that the order of the additions cannot depend on N
-    mixed: Floats = np.zeros((len(choice.label), len(manifest.classes)))
-    for k in range(len(manifest.heads)):
-        weight = choice.weights[:, k, None]
-        # an unused head's NaN must not spread: 0 * NaN is NaN
-        mixed += np.where(weight > 0, weight * statistics.probabilities[:, k].astype(np.float64), 0.0)
-    probabilities = mixed.astype(np.float32)
-    class_id = np.where(np.isnan(probabilities).any(1), -1, probabilities.argmax(1))
-    return Routed(probabilities, class_id.astype(np.int64), choice.label)
+    if name in manifest.heads:
+        # float32 as it is
+        probabilities = statistics.probabilities[:, manifest.heads.index(name)].astype(np.float32, copy=False)
+        labels = [name] * len(probabilities)
+    else:
+        weights, labels = RULES[name](statistics, manifest)
+        probabilities = _mix(statistics, weights)
+    class_id = probabilities.argmax(1)
+    # argmax finds the first NaN where there is one
+    class_id[np.isnan(probabilities[np.arange(len(labels)), class_id])] = -1
+    return Routed(probabilities, class_id, labels)
 
 
 def routers(manifest: Manifest) -> list[str]:
@@ -109,13 +110,18 @@ def shift_probability(statistics: HeadStatistics, manifest: Manifest) -> Floats:
     return probability
 
 
+def _mix(statistics: HeadStatistics, weights: Floats) -> NDArray[np.float32]:
+    """Weighted sum of the heads' probabilities, [N, C]; head by head, so that its order cannot depend on N."""
+    mixed: Floats = np.zeros(statistics.probabilities[:, 0].shape)
+    for k in np.flatnonzero(weights.any(0)):
+        weight = weights[:, k, None]
+        # the NaN of a head without weight must not spread: 0 * NaN is NaN
+        np.add(mixed, weight * statistics.probabilities[:, k], out=mixed, where=weight > 0)
+    return mixed.astype(np.float32)
+
+
 def _single(index: NDArray[np.intp], manifest: Manifest) -> Choice:
     return Choice(np.eye(len(manifest.heads))[index], [manifest.heads[i] for i in index.tolist()])
-
-
-def _head(name: str, statistics: HeadStatistics, manifest: Manifest) -> Choice:
-    index = np.full(len(statistics.energy), manifest.heads.index(name))
-    return _single(index, manifest)
 
 
 def _mean(statistics: HeadStatistics, manifest: Manifest) -> Choice:
