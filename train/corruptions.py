@@ -10,7 +10,7 @@ because it had to be batched or its files cannot be shipped:
 - glass_blur swaps pixels lattice by lattice, not in raster order;
 - spatter's water is lit by a plain relief instead of an edge and distance transform, and its strengths are our own;
 - where the published strengths do not damage more with each severity they were graded anew: glass_blur at 32,
-  elastic_transform (the affine part held small), the order of saturate's.
+  elastic_transform (the affine part held small), saturate (order, and more of it at 32).
 """
 
 from __future__ import annotations
@@ -98,8 +98,8 @@ STRENGTHS: dict[str, tuple[Rows, Rows]] = {
     "contrast": (((0.75,), (0.5,), (0.4,), (0.3,), (0.15,)), ((0.4,), (0.3,), (0.2,), (0.1,), (0.05,))),
     # amplitude, smoothness of the displacement; largest displacement of the affine map's corners
     "elastic_transform": (
-        ((1.28, 1.28, 0.96), (1.92, 1.28, 0.96), (2.56, 1.28, 0.96), (3.2, 1.28, 0.96), (3.2, 0.96, 0.96)),
-        ((4.88, 2.44, 4.88), (8.54, 2.44, 4.88), (12.2, 2.44, 4.88), (17.08, 2.44, 4.88), (29.28, 2.44, 4.88)),
+        ((1.28, 1.28, 0.48), (1.92, 1.28, 0.72), (2.56, 1.28, 0.96), (3.2, 1.28, 0.96), (3.2, 0.96, 0.96)),
+        ((4.88, 2.44, 2.44), (8.54, 2.44, 3.66), (12.2, 2.44, 4.88), (17.08, 2.44, 4.88), (29.28, 2.44, 4.88)),
     ),
     # side of the shrunk picture
     "pixelate": (((0.95,), (0.9,), (0.85,), (0.75,), (0.65,)), ((0.6,), (0.5,), (0.4,), (0.3,), (0.25,))),
@@ -126,7 +126,7 @@ STRENGTHS: dict[str, tuple[Rows, Rows]] = {
     ),
     # factor and summand of the saturation
     "saturate": (
-        ((1.5, 0), (0.3, 0), (0.1, 0), (2, 0.1), (2.5, 0.2)),
+        ((1.5, 0), (0.3, 0), (0.1, 0), (2.5, 0.1), (3, 0.2)),
         ((2, 0), (0.3, 0), (0.1, 0), (5, 0.1), (20, 0.2)),
     ),
 }
