@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -77,9 +78,17 @@ def per_channel(text: str) -> tuple[float, ...]:
         values = tuple(float(part) for part in text.split(","))
     except ValueError:
         values = ()
-    if len(values) not in (1, 3):
+    if len(values) not in (1, 3) or not all(map(math.isfinite, values)):
         raise argparse.ArgumentTypeError(f"{text!r} is neither one number nor three with commas between them")
     return values * 3 if len(values) == 1 else values
+
+
+def deviations(text: str) -> tuple[float, ...]:
+    """As per_channel, above 0."""
+    values = per_channel(text)
+    if min(values) <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not above 0")
+    return values
 
 
 def positive(text: str) -> int:
@@ -143,5 +152,5 @@ def arguments() -> argparse.ArgumentParser:
     group.add_argument(
         "--mean", type=per_channel, metavar="M", help="of pixels in [0, 1], one number or R,G,B (default: timm's)"
     )
-    group.add_argument("--std", type=per_channel, metavar="S", help="likewise")
+    group.add_argument("--std", type=deviations, metavar="S", help="likewise")
     return parser

@@ -1,0 +1,199 @@
+"""`trivium export` as a user runs it: checkpoints and timm models in, verified bundles out, mistakes in one line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from trivium.export.pack import golden_pictures
+from trivium.runtime.bundle import Dropout, Preprocessing, digest, open_bundle
+from trivium.runtime.cli import main
+from trivium.runtime.engine import Engine
+from trivium.train.backbone import create, split
+from trivium.train.checkpoint import Architecture, CheckpointMeta, Cost, load_student, save_checkpoint
+from trivium.train.data import DataSpec, load_pictures
+from trivium.train.mc import predict
+from trivium.train.student import Student
+
+HEADS = ("clean", "robust", "combined")
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A student with untrained but differing heads, and scikit-learn's digits to calibrate it on."""
+    torch.manual_seed(0)
+    settings = Preprocessing(height=28, width=28, resize=28, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    pictures = load_pictures(DataSpec(kind="digits", calibration=0.2, limit=60), "calibration", settings)
+    name = "trivium_resnet10_tiny"
+    student = Student(split(create(name, 10), 28, 28), HEADS, 1, "copied", 0.5)
+    for parameter in student.heads.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    meta = CheckpointMeta(
+        name="digits",
+        classes=pictures.classes,
+        heads=list(HEADS),
+        preprocessing=settings,
+        dropout=Dropout(rate=0.5, passes=8, seed=3),
+        architecture=Architecture(model=name, depth=1, tail="copied"),
+        data=pictures.describe(),
+        recipe={"data": {"kind": "digits"}, "original": {"weights": "/home/someone/weights.pth"}},
+        costs={"student": Cost(cpu_seconds=1.5)},
+        packages={"torch": torch.__version__},
+        weights_sha256="",
+    )
+    return save_checkpoint(tmp_path_factory.mktemp("checkpoints") / "student", student, meta)
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
+    """trivium export WORDS -> (exit status, stdout, stderr), in this process."""
+
+    def export(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["trivium", "export", *map(str, words)])
+        status = 0
+        try:
+            main()
+        except SystemExit as end:
+            status = int(end.code or 0)
+        return status, *capfd.readouterr()
+
+    return export
+
+
+def test_a_checkpoint_becomes_a_bundle_twice_the_same(run: Run, checkpoint: Path, tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    status, out, err = run(checkpoint, first, "--name", "digits-3")
+    assert (status, err) == (0, "")
+    assert "function - torch" in out
+    assert "negative flips" in out
+    assert run(checkpoint, second, "--name", "digits-3")[0] == 0
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["first", "second"]
+    for name in ("manifest.json", "model.onnx", "golden.npz"):
+        assert digest(first / name) == digest(second / name)
+
+    bundle = open_bundle(first)
+    manifest = bundle.manifest
+    assert (manifest.name, manifest.heads, manifest.dropout.passes) == ("digits-3", list(HEADS), 8)
+    assert manifest.calibration is not None
+    assert manifest.calibration.pictures == 60
+    assert {row["router"] for row in manifest.calibration.routers} == {*HEADS, "mean", "min_entropy", "paper", "blend"}
+    assert manifest.router.paper is not None
+    assert manifest.router.blend is not None
+    assert manifest.tolerances["function - torch: probabilities"] < 1e-4
+    assert manifest.provenance["recipe"]["original"]["weights"] == "weights.pth"
+    assert manifest.training["costs"]["student"]["cpu_seconds"] == 1.5
+
+    student, _ = load_student(checkpoint)
+    images = golden_pictures(manifest.preprocessing, 1)
+    temperature = [manifest.calibration.temperature[head] for head in HEADS]
+    batch = torch.from_numpy(images).permute(0, 3, 1, 2)
+    expected, _ = predict(student, iter([batch]), manifest.preprocessing, manifest.dropout, temperature)
+    for a, b in zip(Engine(bundle, kernels="off").run(images), expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+def test_passes_router_and_calibration_can_be_set(run: Run, checkpoint: Path, tmp_path: Path) -> None:
+    words = (
+        checkpoint,
+        tmp_path / "b",
+        "--no-calibrate",
+        "--passes",
+        5,
+        "--dropout",
+        0.3,
+        "--router",
+        "mean",
+        "--version",
+        7,
+    )
+    assert run(*words)[0] == 0
+    manifest = open_bundle(tmp_path / "b").manifest
+    assert (manifest.dropout.passes, manifest.dropout.rate, manifest.version) == (5, 0.3, "7")
+    assert (manifest.router.default, manifest.calibration) == ("mean", None)
+    status, _, err = run(*words)
+    assert (status, err.count("\n")) == (2, 1)
+    assert "--force replaces it" in err
+    assert run(checkpoint, tmp_path / "b", "--no-calibrate", "--force")[0] == 0
+    assert open_bundle(tmp_path / "b").manifest.router.default == "combined"
+
+
+def test_a_timm_model_becomes_a_bundle_with_one_head(run: Run, tmp_path: Path) -> None:
+    weights, labels = tmp_path / "weights.safetensors", tmp_path / "labels.txt"
+    torch.manual_seed(1)
+    save_file(timm.create_model("test_vit").state_dict(), weights)
+    labels.write_text("\n".join(f"thing {i}" for i in range(1000)))
+    words = ("--timm", "test_vit", "--weights", weights, "--mean", "0.4", "--std", ".2,.3,.4", "--dropout", ".1")
+    status, out, err = run(*words, "--labels", labels, tmp_path / "b")
+    assert (status, err) == (0, "")
+    assert "router original" in out
+    bundle = open_bundle(tmp_path / "b")
+    manifest = bundle.manifest
+    assert (manifest.name, manifest.heads, manifest.classes[999]) == ("test_vit", ["original"], "thing 999")
+    assert (manifest.preprocessing.mean, manifest.preprocessing.std) == ((0.4, 0.4, 0.4), (0.2, 0.3, 0.4))
+    assert (manifest.dropout.rate, manifest.dropout.passes) == (0.1, 32)
+    assert manifest.provenance["weights_sha256"] == digest(weights)
+    engine = Engine(bundle, kernels="off")
+    found = engine.run(golden_pictures(manifest.preprocessing, 1))
+    assert (found.mutual_information > 0).all(), "dropout passes differ, so there is epistemic uncertainty"
+
+    assert run(*words, tmp_path / "imagenet")[0] == 0
+    assert open_bundle(tmp_path / "imagenet").manifest.classes[0] == "tench, Tinca tinca"
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (("--timm", "tf_eficientnet_lite0", "B"), "nearest: tf_efficientnet_lite0"),
+        (("--timm", "test_vit", "--weights", "absent.pth", "B"), "no such weights file"),
+        (("--timm", "test_vit", "--weights", "labels.txt", "B"), "labels.txt"),
+        (("--timm", "test_vit", "--weights", "resnet.safetensors", "B"), "not weights of this model"),
+        (("--timm", "test_resnet", "--weights", "resnet.safetensors", "--labels", "labels.txt", "B"), "2 names, but"),
+        (("--timm", "test_vit", "--router", "paper", "B"), "has one head, original"),
+        (("absent", "B"), "absent"),
+        (("CHECKPOINT", "B", "--labels", "labels.txt"), "go with --timm"),
+        (("CHECKPOINT", "B", "--no-calibrate", "--router", "paper"), "router.default 'paper' is none of"),
+        (("CHECKPOINT", "B", "--router", "sideways"), "no router 'sideways'"),
+        (("CHECKPOINT", "B", "--name", "a/b"), "name"),
+        (("CHECKPOINT", "B", "--version", "one"), "version"),
+        (("CHECKPOINT", "B", "--calibration-pictures", "5"), "at least 30 pictures"),
+        (("CHECKPOINT", "labels.txt", "--force"), "is no bundle"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_nothing(
+    run: Run, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], reason: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "labels.txt").write_text("shirt\ncoat\n")
+    save_file(timm.create_model("test_resnet").state_dict(), tmp_path / "resnet.safetensors")
+    before = sorted(path.name for path in tmp_path.iterdir())
+    status, _, err = run(*(str(checkpoint) if word == "CHECKPOINT" else word for word in words))
+    assert status != 0
+    assert reason in err
+    assert err.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "",
+        "a",
+        "a b c",
+        "--timm test_vit",
+        "a b --passes 0",
+        "--timm test_vit b --std 0",
+        "--timm test_vit b --mean 1,2",
+        "--timm test_vit b --dropout 1",
+    ],
+)
+def test_wrong_usage_shows_the_usage(run: Run, words: str) -> None:
+    status, _, err = run(*words.split())
+    assert status == 2
+    assert "usage: trivium export CHECKPOINT BUNDLE" in err
