@@ -74,7 +74,9 @@ class Engine:
             raise EngineError("ONNX Runtime could not start its CUDA provider: no usable card, driver or cuDNN")
         self._batched = _check_signature(self._session, bundle)
         self._shrink = ort.RunOptions()
-        self._shrink.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+        self._shrink.add_run_config_entry(
+            "memory.enable_memory_arena_shrinkage", "cpu:0" if device == "cpu" else "cpu:0;gpu:0"
+        )
 
     def run(self, images: NDArray[np.uint8]) -> HeadStatistics:
         """Statistics, float32, of pictures uint8 [N, H, W, 3], N >= 1.

@@ -29,7 +29,7 @@ class Timings:
     route: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Prediction:
     """The answer to one picture."""
 
