@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from trivium.runtime.bundle import Preprocessing
 from trivium.runtime.errors import ConfigError, InvalidPicture
-from trivium.runtime.preprocess import open_picture, prepare
+from trivium.runtime.preprocess import prepare
 
 from .sources import (
     SPLITS,
@@ -29,6 +29,7 @@ from .sources import (
     digits_source,
     fashion_mnist_source,
     folder_source,
+    open_file,
     split_parts,
     stratified_order,
     verified,
@@ -180,7 +181,7 @@ class Pictures:
             return Image.fromarray(self._pictures[index]).convert("RGB")
         path = self._pictures[index]
         try:
-            return open_picture(path.read_bytes())
+            return open_file(path)
         except OSError as error:
             raise InvalidPicture(f"{path}: {error.strerror}") from None
         except InvalidPicture as error:

@@ -6,6 +6,7 @@ import csv
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -14,9 +15,10 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from trivium.runtime.errors import ConfigError, InvalidPicture
-from trivium.runtime.preprocess import SUFFIXES, open_picture
+from trivium.runtime.preprocess import DEFAULT_LIMITS, SUFFIXES, open_picture
 
 from . import fashion_mnist
 
@@ -28,6 +30,8 @@ DIRECTORIES: dict[Split, tuple[str, ...]] = {
     "test": ("test", "testing"),
 }
 """Names under which a folder or a CSV column may give each split."""
+PATIENCE = 5000
+"""Files that are checked without a word."""
 
 
 class Skipped(NamedTuple):
@@ -193,6 +197,8 @@ def verified(source: Source) -> Source:
     cache = fashion_mnist.cache_directory() / "verified" / f"{key.hexdigest()}.json"
     reasons = _cached(cache)
     if reasons is None:
+        if len(files) > PATIENCE:
+            print(f"decoding {len(files)} pictures once to find unreadable ones", file=sys.stderr)
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
             verdicts = pool.map(fault, files, chunksize=32)
             reasons = {str(path): reason for path, reason in zip(files, verdicts, strict=True) if reason}
@@ -210,7 +216,7 @@ def fault(path: Path) -> str | None:
     try:
         if path.exists() and not path.is_file():
             return "not a regular file"
-        open_picture(path.read_bytes())
+        open_file(path)
     except FileNotFoundError:
         return "no such file"
     except OSError as error:
@@ -218,6 +224,15 @@ def fault(path: Path) -> str | None:
     except InvalidPicture as error:
         return str(error)
     return None
+
+
+def open_file(path: Path) -> Image.Image:
+    """Decode a picture file as serving would: RGB, upright, in its own size.
+
+    Raises: InvalidPicture, OSError.
+    """
+    with path.open("rb") as file:
+        return open_picture(file.read(DEFAULT_LIMITS.max_bytes + 1))
 
 
 def stratified_order(labels: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
