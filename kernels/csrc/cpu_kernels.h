@@ -1,0 +1,302 @@
+// The CPU kernels as templates over a vector of floats; included once by every translation unit of an instruction set.
+//
+// Everything has internal linkage: a function compiled for AVX-512 must never stand in for its scalar namesake. For
+// the same reason no template of the standard library is used here.
+#pragma once
+
+#include <cstring>
+
+#include "model.h"
+#include "rows.h"
+
+#define TRIVIUM_INLINE inline __attribute__((always_inline))
+
+namespace trivium {
+namespace {
+
+template <class V>
+struct Pair {
+  V low, high;
+};
+
+template <class V>
+TRIVIUM_INLINE V exponential(V x) {
+  // x <= 0. Below -87 the result would be denormal: it is 0, and so it is for NaN.
+  const V lowest(-87.f);
+  const V magic(12582912.f);  // 1.5 * 2^23: adding it rounds to a whole number, which the low mantissa bits then hold
+  const V clamped = V::max(x, lowest);
+  const V shifted = V::fma(clamped, V(1.44269504f), magic);
+  const V n = shifted - magic;
+  V r = V::fma(n, V(-0.693145752f), clamped);
+  r = V::fma(n, V(-1.42860677e-6f), r);
+  V p = V(1.f / 5040);
+  p = V::fma(p, r, V(1.f / 720));
+  p = V::fma(p, r, V(1.f / 120));
+  p = V::fma(p, r, V(1.f / 24));
+  p = V::fma(p, r, V(1.f / 6));
+  p = V::fma(p, r, V(0.5f));
+  p = V::fma(p, r * r, r) + V(1.f);
+  return V::where_greater(x, lowest, p * V::two_to_low_bits(shifted));
+}
+
+template <class V>
+TRIVIUM_INLINE V logarithm(V x) {
+  // x normal and positive: x = 2^e m with sqrt(1/2) <= m < sqrt(2), log m = 2 artanh((m - 1) / (m + 1)).
+  V e(0.f);
+  const V m = V::split(x, e);
+  const V s = (m - V(1.f)) / (m + V(1.f));
+  const V s2 = s * s;
+  V p = V(2.f / 9);
+  p = V::fma(p, s2, V(2.f / 7));
+  p = V::fma(p, s2, V(2.f / 5));
+  p = V::fma(p, s2, V(2.f / 3));
+  const V tail = V::fma(s * s2, p, e * V(1.42860677e-6f));
+  return V::fma(e, V(0.693145752f), V::fma(s, V(2.f), tail));
+}
+
+// Vectors of words [word, word + width) of a packed row: 32 classes share a line of 16 words.
+template <class V, bool kBfloat16>
+TRIVIUM_INLINE Pair<V> load_pair(const char* row, int64_t word) {
+  if (kBfloat16) return V::load_bfloat16(reinterpret_cast<const uint32_t*>(row) + word);
+  const float* line = reinterpret_cast<const float*>(row) + word / 16 * 32 + word % 16;
+  return {V::load(line), V::load(line + 16)};
+}
+
+TRIVIUM_INLINE int64_t column_of_word(int64_t word) { return word / 16 * 32 + word % 16; }
+
+template <class V>
+struct Kernels {
+  static constexpr int kWidth = V::kWidth;
+  // Accumulators that fit the registers, in pairs of vectors, for 1, 2 and 4 pictures at once.
+  static constexpr int pairs_at_once(int pictures) {
+    const int all = V::kPairs / pictures < 1 ? 1 : V::kPairs / pictures;
+    return all * kWidth > kMaxBlock / 2 ? kMaxBlock / 2 / kWidth : all;
+  }
+
+  // sums [pictures][2^k][block] of weight times feature over the features of each pattern.
+  template <bool kBfloat16, int kPictures, int kPairs>
+  static void sum_patterns(const Slab& slab, const Group& group, const char* weights, const float* features,
+                           int first_pattern, float* sums, const char* ahead, int64_t ahead_lines) {
+    const int64_t block = slab.model->block, units = slab.model->units;
+    const int64_t row_bytes = block * (kBfloat16 ? 2 : 4);
+    const int patterns = 1 << group.passes;
+    const int32_t* rows = group.rows.data();
+    const int32_t* offsets = group.offsets.data();
+    for (int64_t word = 0; word < block / 2; word += kPairs * kWidth) {
+      if (word > 0) ahead_lines = 0;
+      for (int pattern = first_pattern; pattern < patterns; ++pattern) {
+        V low[kPictures][kPairs], high[kPictures][kPairs];
+        for (int x = 0; x < kPictures; ++x)
+          for (int j = 0; j < kPairs; ++j) low[x][j] = high[x][j] = V(0.f);
+        for (int32_t i = offsets[pattern]; i < offsets[pattern + 1]; ++i) {
+          for (int64_t line = 0; line < ahead_lines; ++line)
+            __builtin_prefetch(ahead + (i * ahead_lines + line) * 64, 0, 2);
+          const char* row = weights + rows[i] * row_bytes;
+          Pair<V> w[kPairs];
+          for (int j = 0; j < kPairs; ++j) w[j] = load_pair<V, kBfloat16>(row, word + j * kWidth);
+          for (int x = 0; x < kPictures; ++x) {
+            const V h(features[x * units + i]);
+            for (int j = 0; j < kPairs; ++j) {
+              low[x][j] = V::fma(h, w[j].low, low[x][j]);
+              high[x][j] = V::fma(h, w[j].high, high[x][j]);
+            }
+          }
+        }
+        for (int x = 0; x < kPictures; ++x)
+          for (int j = 0; j < kPairs; ++j) {
+            float* sum = sums + (x * patterns + pattern) * block + column_of_word(word + j * kWidth);
+            low[x][j].store(sum);
+            high[x][j].store(sum + 16);
+          }
+      }
+    }
+  }
+
+  // Fold the sums of one picture into the logits of the group's passes: pass t is the sum over all patterns with bit
+  // t set. Where masks are antithetic, the first group's fold leaves W h in `total`, which gives the other half.
+  static void fold(const Model& model, const Group& group, bool first, float* sums, float* total, const float* bias,
+                   float scale, float* logits, int64_t stride) {
+    const int64_t block = model.block;
+    const V factor(scale);
+    for (int64_t c = 0; c < block; c += kWidth) {
+      float* column = sums + c;
+      V partial[kMaxGroupPasses];
+      for (int bit = group.passes - 1; bit >= 0; --bit) {
+        const int half = 1 << bit;
+        V sum[4] = {V(0.f), V(0.f), V(0.f), V(0.f)};
+        for (int r = 0; r < half; ++r) {
+          const V upper = V::load(column + (r + half) * block);
+          sum[r % 4] = sum[r % 4] + upper;
+          if (r > 0 || (first && model.antithetic))
+            (V::load(column + r * block) + upper).store(column + r * block);
+        }
+        partial[bit] = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+      }
+      const V offset = V::load(bias + c);
+      for (int bit = 0; bit < group.passes; ++bit)
+        V::fma(partial[bit], factor, offset).store(logits + (group.first_pass + bit) * stride + c);
+      if (!model.antithetic) continue;
+      if (first) V::load(column).store(total + c);
+      const V whole = V::load(total + c);
+      float* other = logits + (model.grouped_passes + group.first_pass) * stride + c;
+      for (int bit = 0; bit < group.passes; ++bit)
+        V::fma(whole - partial[bit], factor, offset).store(other + bit * stride);
+    }
+  }
+
+  template <bool kBfloat16, int kPictures>
+  static void block_logits(const Slab& slab, int64_t index, int first_picture) {
+    const Model& model = *slab.model;
+    const int64_t head = index / model.blocks, first_class = index % model.blocks * model.block;
+    const int64_t block_bytes = model.units * model.block * (kBfloat16 ? 2 : 4);
+    const char* weights = model.weights.data() + index * block_bytes;
+    const int64_t group_count = model.group_count;
+    const bool prefetch = slab.prefetch && first_picture == 0 && index + 1 < model.heads * model.blocks;
+    const int64_t lines = block_bytes / model.units / 64, ahead_lines = (lines + group_count - 1) / group_count;
+    const int64_t feature_head = slab.feature_heads > 1 ? head : 0;
+    alignas(kAlignment) float sums[kPictures << kMaxGroupPasses][kMaxBlock];
+    alignas(kAlignment) float total[kPictures][kMaxBlock];
+    for (int64_t g = 0; g < group_count; ++g) {
+      const Group& group = *model.groups[g];
+      const bool first = g == 0;
+      const float* features =
+          slab.sorted + ((g * slab.feature_heads + feature_head) * slab.pictures + first_picture) * model.units;
+      const char* ahead = weights + block_bytes + g * ahead_lines * model.units * 64;
+      const int64_t share = prefetch && (g + 1) * ahead_lines <= lines ? ahead_lines : 0;
+      const int first_pattern = first && model.antithetic ? 0 : 1;
+      constexpr int kPairs = pairs_at_once(kPictures);
+      constexpr int kNarrow = kPairs * kWidth > 16 ? 16 / kWidth : kPairs;
+      if (model.block / 2 % (kPairs * kWidth) == 0)
+        sum_patterns<kBfloat16, kPictures, kPairs>(slab, group, weights, features, first_pattern, sums[0], ahead,
+                                                   share);
+      else
+        sum_patterns<kBfloat16, kPictures, kNarrow>(slab, group, weights, features, first_pattern, sums[0], ahead,
+                                                    share);
+      for (int x = 0; x < kPictures; ++x) {
+        const int64_t row = (first_picture + x) * slab.head_count + head - slab.first_head;
+        fold(model, group, first, sums[0] + (x << group.passes) * model.block, total[x],
+             model.bias.data() + head * model.padded + first_class, model.scale[head],
+             slab.logits + row * model.passes * slab.row_stride() + first_class, slab.row_stride());
+      }
+    }
+  }
+
+  template <bool kBfloat16>
+  static void logits_of(const Slab& slab, int64_t index) {
+    int picture = 0;
+    for (; slab.pictures - picture >= 4; picture += 4) block_logits<kBfloat16, 4>(slab, index, picture);
+    for (; slab.pictures - picture >= 2; picture += 2) block_logits<kBfloat16, 2>(slab, index, picture);
+    if (picture < slab.pictures) block_logits<kBfloat16, 1>(slab, index, picture);
+  }
+
+  static void logits(const Slab& slab, int64_t index) {
+    if (slab.model->bfloat16)
+      logits_of<true>(slab, index);
+    else
+      logits_of<false>(slab, index);
+  }
+
+  // Turn a row of logits into e^(z - top).
+  static SoftmaxRow exponentiate(float* z, int64_t length) {
+    V highest = V::load(z);
+    for (int64_t c = kWidth; c < length; c += kWidth) highest = V::max(V::load(z + c), highest);
+    SoftmaxRow row;
+    row.top = highest.maximum();
+    const V top(row.top);
+    V sum[2] = {V(0.f), V(0.f)}, weighted[2] = {V(0.f), V(0.f)};
+    for (int64_t c = 0; c < length; c += 2 * kWidth)
+      for (int j = 0; j < 2; ++j) {
+        const V shifted = V::load(z + c + j * kWidth) - top;
+        const V e = exponential(shifted);
+        sum[j] = sum[j] + e;
+        weighted[j] = V::fma(shifted, e, weighted[j]);
+        e.store(z + c + j * kWidth);
+      }
+    row.sum = static_cast<float>((sum[0] + sum[1]).total());
+    row.weighted = static_cast<float>((weighted[0] + weighted[1]).total());
+    return row;
+  }
+
+  static void statistics(const Slab& slab, int picture, int64_t head) {
+    const Model& model = *slab.model;
+    const int64_t stride = slab.row_stride(), padded = model.padded, passes = model.passes;
+    float* logits =
+        slab.logits + (picture * slab.head_count + head - slab.first_head) * passes * stride;
+    double expected_entropy = 0, log_sum_exp = 0;
+    for (int64_t t = 0; t < passes; ++t) {
+      float* z = logits + t * stride;
+      const SoftmaxRow row = exponentiate(z, padded);
+      expected_entropy += row.entropy();
+      log_sum_exp += row.log_sum_exp();
+      z[padded] = 1.f / (row.sum * static_cast<float>(passes));
+    }
+    const int64_t place = picture * model.heads + head;
+    float* mean = slab.mean + place * padded;
+    for (int64_t c = 0; c < padded; c += 32) {
+      V sum[32 / kWidth];
+      for (int j = 0; j < 32 / kWidth; ++j) sum[j] = V(0.f);
+      for (int64_t t = 0; t < passes; ++t) {
+        const float* e = logits + t * stride;
+        const V share(e[padded]);
+        for (int j = 0; j < 32 / kWidth; ++j) sum[j] = V::fma(share, V::load(e + c + j * kWidth), sum[j]);
+      }
+      for (int j = 0; j < 32 / kWidth; ++j) sum[j].store(mean + c + j * kWidth);
+    }
+    finish(slab, picture, head, expected_entropy / passes, log_sum_exp / passes);
+  }
+
+  // From mean probabilities: their logarithms, the entropy, and what follows from it.
+  static void finish(const Slab& slab, int picture, int64_t head, double expected_entropy, double log_sum_exp) {
+    const Model& model = *slab.model;
+    const int64_t place = picture * model.heads + head;
+    const float* mean = slab.mean + place * model.padded;
+    float* log_mean = slab.log_mean + place * model.padded;
+    V sum[2] = {V(0.f), V(0.f)};
+    for (int64_t c = 0; c < model.padded; c += 2 * kWidth)
+      for (int j = 0; j < 2; ++j) {
+        const V p = V::load(mean + c + j * kWidth);
+        const V log_p = logarithm(V::max(p, V(kProbabilityFloor)));
+        log_p.store(log_mean + c + j * kWidth);
+        sum[j] = sum[j] + entropy_term(p, log_p);
+      }
+    const double entropy = (sum[0] + sum[1]).total();
+    slab.predictive_entropy[place] = static_cast<float>(entropy);
+    slab.mutual_information[place] = not_negative(static_cast<float>(entropy - expected_entropy));
+    slab.energy[place] = static_cast<float>(-log_sum_exp);
+    std::memcpy(slab.probabilities + place * model.classes, mean, sizeof(float) * model.classes);
+    // A logit that is NaN or infinite makes the row's weighted sum NaN.
+    if (!__builtin_isfinite(expected_entropy) || !__builtin_isfinite(log_sum_exp)) slab.poisoned[place] = true;
+  }
+
+  static void divergences(const Slab& slab, int picture) {
+    const Model& model = *slab.model;
+    const int64_t heads = model.heads, padded = model.padded, first = picture * heads;
+    bool poisoned = false;
+    for (int64_t k = 0; k < heads; ++k) poisoned |= slab.poisoned[first + k];
+    if (poisoned) {
+      const float nan = __builtin_nanf("");
+      for (int64_t i = 0; i < heads * model.classes; ++i) slab.probabilities[first * model.classes + i] = nan;
+      for (int64_t i = 0; i < heads * heads; ++i) slab.divergence[first * heads + i] = nan;
+      for (int64_t k = first; k < first + heads; ++k)
+        slab.predictive_entropy[k] = slab.mutual_information[k] = slab.energy[k] = nan;
+      return;
+    }
+    for (int64_t i = first; i < first + heads; ++i)
+      for (int64_t j = first; j < first + heads; ++j) {
+        const float* p = slab.mean + i * padded;
+        const float* log_p = slab.log_mean + i * padded;
+        const float* log_q = slab.log_mean + j * padded;
+        V sum[2] = {V(0.f), V(0.f)};
+        if (i != j)
+          for (int64_t c = 0; c < padded; c += 2 * kWidth)
+            for (int v = 0; v < 2; ++v) {
+              const int64_t at = c + v * kWidth;
+              sum[v] = sum[v] + divergence_term(V::load(p + at), V::load(log_p + at), V::load(log_q + at));
+            }
+        slab.divergence[i * heads + j - first] = not_negative(static_cast<float>((sum[0] + sum[1]).total()));
+      }
+  }
+};
+
+}  // namespace
+}  // namespace trivium
