@@ -20,7 +20,7 @@ from trivium.runtime.router import route
 from .calibrate import calibrate
 from .checkpoint import CHECKPOINT, load_student
 from .comparison import provisional
-from .data import Pictures, load_described
+from .data import load_described
 from .observe import Observer
 
 Probabilities = NDArray[np.float32]
@@ -41,15 +41,15 @@ class Subject(Protocol):
     def original(self, images: NDArray[np.uint8]) -> Probabilities:
         """uint8 [N, H, W, 3] -> what this model answers [N, C] when it stands for the original classifier."""
 
-    def test_pictures(self) -> Pictures | None:
-        """The test split that the model's own record names."""
+    def data_record(self) -> dict[str, Any] | None:
+        """Pictures.describe() of the data that the model was trained on; None where its record cannot find them."""
 
 
 class BundleSubject:
     """A bundle; what stands for the original is its default router's answer."""
 
     kind: Literal["bundle", "checkpoint"] = "bundle"
-    original_is = None
+    original_is: str | None = None
 
     def __init__(self, path: str) -> None:
         bundle = open_bundle(path)
@@ -62,11 +62,12 @@ class BundleSubject:
     def original(self, images: NDArray[np.uint8]) -> Probabilities:
         return route(self._engine.run_batch(images), self.manifest).probabilities
 
-    def test_pictures(self) -> Pictures | None:
+    def data_record(self) -> dict[str, Any] | None:
         data = self.manifest.provenance.get("data")
-        if not isinstance(data, dict) or "spec" not in data:
+        # A bundle names no directories, so only what is found without one can be opened again.
+        if not isinstance(data, dict) or (data.get("spec") or {}).get("kind") not in ("fashion-mnist", "digits"):
             return None
-        return load_described(data, "test", self.manifest.preprocessing)
+        return data
 
 
 class CheckpointSubject:
@@ -102,8 +103,8 @@ class CheckpointSubject:
     def original(self, images: NDArray[np.uint8]) -> Probabilities:
         return self._observer.original(images)
 
-    def test_pictures(self) -> Pictures | None:
-        return load_described(self.meta.data, "test", self.meta.preprocessing)
+    def data_record(self) -> dict[str, Any] | None:
+        return self.meta.data
 
 
 def open_subject(

@@ -1,0 +1,227 @@
+"""`trivium evaluate`: ask a bundle or checkpoint about clean and corrupted pictures; write and print what came out."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from trivium.runtime.bundle import Preprocessing
+from trivium.runtime.errors import ConfigError
+
+from .corruptions import TEST_CORRUPTIONS
+from .data import Pictures, load_described, load_pictures, parse_spec
+from .evaluate import evaluate
+from .gallery import gallery
+from .report import write_report
+from .results import Difference, Results, Two, read_results, write_csv, write_results
+from .subject import Subject, open_subject
+from .summary import MEASURES, document, summarise
+from .tally import choose_pictures
+
+RESULTS, TABLE, REPORT, SUMMARY = "results.json", "results.csv", "report.html", "summary.json"
+
+
+def main() -> None:
+    """Evaluate, or sum up evaluations, as the command line says."""
+    given = parser().parse_args()
+    console = Console()
+    if given.summarise:
+        if given.model:
+            raise ConfigError("--summarise takes results.json files alone, no model")
+        sum_up(given.summarise, given.out, console)
+        return
+    if not given.model:
+        raise ConfigError("name a bundle or a checkpoint to evaluate, or --summarise results.json ...")
+    if given.pictures is not None and given.pictures < 1:
+        raise ConfigError(f"--pictures {given.pictures}: at least 1")
+    with bar(console, "calibrating") as progress:
+        subject: Subject = open_subject(given.model, progress=progress)
+    original: Subject | None = open_subject(given.original, as_original=True) if given.original else None
+    pictures = test_pictures(given.data, subject, original, console)
+    with bar(console, "asking") as progress:
+        results, _ = evaluate(
+            subject,
+            pictures,
+            original=original,
+            count=given.pictures,
+            seed=given.seed,
+            left_out=given.leave_out,
+            command=["trivium", "evaluate", *sys.argv[1:]],
+            progress=progress,
+        )
+    out = given.out or Path("evaluation")
+    chosen = choose_pictures(pictures, given.pictures, given.seed)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write_results(results, out / RESULTS)
+        write_csv(results, out / TABLE)
+        write_report(results, gallery(subject, pictures, chosen, seed=given.seed), out / REPORT)
+    except OSError as error:
+        raise ConfigError(f"--out {out}: {error.strerror}") from None
+    show(results, console)
+    for name in (RESULTS, TABLE, REPORT):
+        console.print(str(out / name), highlight=False, soft_wrap=True)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(prog=sys.argv[0], description=(
+        "Measure a bundle or a checkpoint on clean pictures and under 15 corruptions x 5 severities: every head, every "
+        "router, the oracles, calibration, flips against the original classifier. Writes results.json, results.csv "
+        "and report.html."
+    ))  # fmt: skip
+    p.add_argument("model", nargs="?", metavar="MODEL", help="a bundle or a checkpoint (directories)")
+    p.add_argument(
+        "--data", help="fashion-mnist, digits, a directory of class folders, or a .csv manifest, whose test split is "
+        "used (default: the data that the model was trained on)",
+    )  # fmt: skip
+    p.add_argument(
+        "--original", metavar="MODEL", help="a checkpoint whose original classifier, or a bundle whose answer, counts "
+        "as the original (default: the checkpoint's own)",
+    )  # fmt: skip
+    p.add_argument("--pictures", type=int, metavar="N", help="test pictures, drawn by seed (default: all)")
+    p.add_argument("--seed", type=int, default=0, help="of the choice of pictures and of the corruptions (default: 0)")
+    p.add_argument(
+        "--leave-out", nargs="+", default=[], metavar="CORRUPTION",
+        help=f"corruptions that enter no headline figure, of: {', '.join(TEST_CORRUPTIONS)}",
+    )  # fmt: skip
+    p.add_argument("--out", type=Path, metavar="DIR", help="where the files go (default: evaluation)")
+    p.add_argument(
+        "--summarise", nargs="+", type=Path, metavar="RESULTS.json",
+        help="sum up finished evaluations, say of three seeds: mean and standard deviation",
+    )  # fmt: skip
+    return p
+
+
+def test_pictures(data: str | None, subject: Subject, original: Subject | None, console: Console) -> Pictures:
+    """The test split of --data, or of what the model was trained on.
+
+    Raises: ConfigError where neither names any data.
+    """
+    preprocessing = subject.manifest.preprocessing
+    if data is None:
+        for each in (subject, original):
+            record = each.data_record() if each is not None else None
+            if record is not None:
+                return load_described(record, "test", preprocessing)
+        raise ConfigError("the model's record does not say where its data lies: name it with --data")
+    record = subject.data_record()
+    trained_on = same_data(record, data, preprocessing) if record else None
+    if trained_on is not None:
+        return trained_on
+    console.print(f"data: {data} is not what the model was trained on; its own test split is used", highlight=False)
+    return load_pictures(parse_spec(data), "test", preprocessing)
+
+
+def same_data(record: dict[str, Any], data: str, preprocessing: Preprocessing) -> Pictures | None:
+    """The test split of the training's data where --data names that very data, so that both splits agree."""
+    spec = parse_spec(data)
+    if spec.kind != record["spec"].get("kind"):
+        return None
+    try:
+        return load_described(record, "test", preprocessing, root=spec.root)
+    except ConfigError:
+        return None
+
+
+def show(results: Results, console: Console) -> None:
+    """Print the readable part."""
+    data, model = results.data, results.model
+    views = len(results.corruptions) - len(results.left_out)
+    console.print(
+        f"\n{model.name} on {data.pictures} pictures of {data.source} ({data.split}), clean and under {views} "
+        f"corruptions x {len(results.severities)} severities; original: {model.original}",
+        highlight=False,
+    )
+    if results.left_out:
+        console.print(f"left out of all figures, since seen before: {', '.join(results.left_out)}")
+    console.print(headline(results))
+    default = results.default
+    if default.over_original is not None:
+        over = default.over_original
+        console.print(
+            f"{default.name} (default router) against the original: clean {points(over.clean)}, "
+            f"corrupted {points(over.corrupted)}"
+        )
+    bounds = results.bounds
+    console.print(
+        f"best single head: {bounds.best_head} ({pair(bounds.best_head_accuracy)}); oracle over heads "
+        f"{pair(bounds.oracle)}; perfect-domain oracle {pair(bounds.domain_oracle)} (% clean / corrupted)"
+    )
+    for rule, share in bounds.captured.items():
+        if share is not None:
+            console.print(f"  {rule} captures {100 * share:+.0f} % of the gap from best head to oracle")
+    ranked = sorted(results.detection, key=lambda each: -(each.shift or 0))[:3]
+    found = ", ".join(f"{each.score} {each.shift:.3f}" for each in ranked if each.shift is not None)
+    console.print(f"shift detection (AUROC), best three: {found}")
+    console.print(f"{results.cpu_seconds:.0f} CPU-s, {results.wall_seconds:.0f} s")
+
+
+def headline(results: Results) -> Table:
+    """Every answerer, in percent."""
+    table = Table(title="% clean / corrupted; arrow: the default router", title_justify="left")
+    table.add_column("answers")
+    for name in ("accuracy", "negative flips", "ECE", "Brier", "accuracy at 80 %"):
+        table.add_column(name, justify="right")
+    for each in results.answerers:
+        flips = pair(each.negative_flips) if each.negative_flips and each.role != "original" else "-"
+        brier = f"{each.brier.clean:.3f} / {each.brier.corrupted:.3f}"
+        table.add_row(
+            ("→ " if each.default else "  ") + each.name,
+            pair(each.accuracy),
+            flips,
+            pair(each.ece),
+            brier,
+            pair(each.accuracy_at_80),
+            style="bold" if each.default else "dim" if each.role == "original" else None,
+        )
+    return table
+
+
+def sum_up(paths: Sequence[Path], out: Path | None, console: Console) -> None:
+    """Print mean and spread over runs, as a Markdown table that fits a README; write summary.json where --out says."""
+    runs = [read_results(path) for path in paths]
+    rows = summarise(runs)
+    measures = [name for name in MEASURES if any(name in row for row in rows.values())]
+    print(f"{len(runs)} runs of {runs[0].data.pictures} pictures; %, mean ± standard deviation")
+    print(f"default routers: {', '.join(run.model.default_router for run in runs)}\n")
+    print("| | " + " | ".join(measures) + " |")
+    print("|---|" + "---|" * len(measures))
+    for name, row in rows.items():
+        cells = [row[m].points("over" in m) if m in row else "" for m in measures]
+        print(f"| {name} | " + " | ".join(cells) + " |")
+    if out is not None:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            (out / SUMMARY).write_text(json.dumps(document(runs), indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"--out {out}: {error.strerror}") from None
+        console.print(str(out / SUMMARY), highlight=False, soft_wrap=True)
+
+
+def pair(values: Two) -> str:
+    """Two shares in percent."""
+    return f"{100 * values.clean:.1f} / {100 * values.corrupted:.1f}"
+
+
+def points(difference: Difference) -> str:
+    """A difference in percentage points with its interval."""
+    return f"{100 * difference.mean:+.1f} points ({100 * difference.low:+.1f} to {100 * difference.high:+.1f})"
+
+
+@contextmanager
+def bar(console: Console, what: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar over pictures."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(what, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
