@@ -5,12 +5,11 @@ CIFAR-10-C at 32. Between these sides every strength is interpolated linearly in
 strengths of 32, on larger ones lengths (radii, displacements) grow with the side and the rest stays. What differs,
 because it had to be batched or its files cannot be shipped:
 
-- a grey picture (three equal channels) gets grey noise and stays grey, save under saturate;
+- a grey picture (three equal channels) gets grey noise and stays grey; saturate alone tints it, in every severity;
 - frost is laid from procedural textures, not from photographs of frost;
 - glass_blur swaps pixels lattice by lattice, not in raster order;
-- spatter's water is lit by a plain relief instead of an edge and distance transform, and its strengths are our own;
-- where the published strengths do not damage more with each severity they were graded anew: glass_blur at 32,
-  elastic_transform (the affine part held small), saturate (order, and more of it at 32).
+- spatter's water is lit by a plain relief instead of an edge and distance transform;
+- a few strengths are graded anew (strengths.py says which), so that every severity damages more than the one before.
 """
 
 from __future__ import annotations
@@ -24,6 +23,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from .filters import Stack, correlate, disc, frost_textures, gaussian, motion, plasma, sample, shuffle, zoom
+from .strengths import SEVERITIES as SEVERITIES
+from .strengths import STRENGTHS, strengths
 
 TEST_CORRUPTIONS = (
     "gaussian_noise", "shot_noise", "impulse_noise",
@@ -34,107 +35,7 @@ TEST_CORRUPTIONS = (
 """The fifteen of the benchmark: for the test alone, never seen in training or calibration."""
 CALIBRATION_CORRUPTIONS = ("speckle_noise", "gaussian_blur", "spatter", "saturate")
 """The benchmark's four validation corruptions: for calibration alone, never in a headline."""
-SEVERITIES = (1, 2, 3, 4, 5)
 
-Rows = tuple[tuple[float, ...], ...]
-SMALL, LARGE = 32, 224
-STRENGTHS: dict[str, tuple[Rows, Rows]] = {
-    # name: (five severities at a side of 32, five at 224)
-    "gaussian_noise": (((0.04,), (0.06,), (0.08,), (0.09,), (0.10,)), ((0.08,), (0.12,), (0.18,), (0.26,), (0.38,))),
-    # one over the photons of a white pixel
-    "shot_noise": (
-        ((1 / 500,), (1 / 250,), (1 / 100,), (1 / 75,), (1 / 50,)),
-        ((1 / 60,), (1 / 25,), (1 / 12,), (1 / 5,), (1 / 3,)),
-    ),
-    "impulse_noise": (((0.01,), (0.02,), (0.03,), (0.05,), (0.07,)), ((0.03,), (0.06,), (0.09,), (0.17,), (0.27,))),
-    # radius, softening
-    "defocus_blur": (
-        ((0.3, 0.4), (0.4, 0.5), (0.5, 0.6), (1.0, 0.2), (1.5, 0.1)),
-        ((3, 0.1), (4, 0.5), (6, 0.5), (8, 0.5), (10, 0.5)),
-    ),
-    # standard deviation, reach, repetitions
-    "glass_blur": (
-        ((0.4, 1, 1), (0.4, 1, 2), (0.4, 1, 3), (0.4, 2, 2), (0.4, 2, 3)),
-        ((0.7, 1, 2), (0.9, 2, 1), (1.0, 2, 3), (1.1, 3, 2), (1.5, 4, 2)),
-    ),
-    # radius, standard deviation
-    "motion_blur": (
-        ((6, 1), (6, 1.5), (6, 2), (8, 2), (9, 2.5)),
-        ((10, 3), (15, 5), (15, 8), (15, 12), (20, 15)),
-    ),
-    # end (exclusive), step of the enlargements
-    "zoom_blur": (
-        ((1.06, 0.01), (1.11, 0.01), (1.16, 0.01), (1.21, 0.01), (1.26, 0.01)),
-        ((1.11, 0.01), (1.16, 0.01), (1.21, 0.02), (1.26, 0.02), (1.31, 0.03)),
-    ),
-    # mean, deviation, enlargement, threshold of the flakes; radius, deviation of their fall; weight of the picture
-    "snow": (
-        (
-            (0.1, 0.2, 1, 0.6, 8, 3, 0.95),
-            (0.1, 0.2, 1, 0.5, 10, 4, 0.9),
-            (0.15, 0.3, 1.75, 0.55, 10, 4, 0.9),
-            (0.25, 0.3, 2.25, 0.6, 12, 6, 0.85),
-            (0.3, 0.3, 1.25, 0.65, 14, 12, 0.8),
-        ),
-        (
-            (0.1, 0.3, 3, 0.5, 10, 4, 0.8),
-            (0.2, 0.3, 2, 0.5, 12, 4, 0.7),
-            (0.55, 0.3, 4, 0.9, 12, 8, 0.7),
-            (0.55, 0.3, 4.5, 0.85, 12, 8, 0.65),
-            (0.55, 0.3, 2.5, 0.85, 12, 12, 0.55),
-        ),
-    ),
-    # weights of picture and frost
-    "frost": (
-        ((1, 0.2), (1, 0.3), (0.9, 0.4), (0.85, 0.4), (0.75, 0.45)),
-        ((1, 0.4), (0.8, 0.6), (0.7, 0.7), (0.65, 0.7), (0.6, 0.75)),
-    ),
-    # density, decay of the plasma
-    "fog": (
-        ((0.2, 3), (0.5, 3), (0.75, 2.5), (1, 2), (1.5, 1.75)),
-        ((1.5, 2), (2, 2), (2.5, 1.7), (2.5, 1.5), (3, 1.4)),
-    ),
-    "brightness": (((0.05,), (0.1,), (0.15,), (0.2,), (0.3,)), ((0.1,), (0.2,), (0.3,), (0.4,), (0.5,))),
-    "contrast": (((0.75,), (0.5,), (0.4,), (0.3,), (0.15,)), ((0.4,), (0.3,), (0.2,), (0.1,), (0.05,))),
-    # amplitude, smoothness of the displacement; largest displacement of the affine map's corners
-    "elastic_transform": (
-        ((1.28, 1.28, 0.48), (1.92, 1.28, 0.72), (2.56, 1.28, 0.96), (3.2, 1.28, 0.96), (3.2, 0.96, 0.96)),
-        ((4.88, 2.44, 2.44), (8.54, 2.44, 3.66), (12.2, 2.44, 4.88), (17.08, 2.44, 4.88), (29.28, 2.44, 4.88)),
-    ),
-    # side of the shrunk picture
-    "pixelate": (((0.95,), (0.9,), (0.85,), (0.75,), (0.65,)), ((0.6,), (0.5,), (0.4,), (0.3,), (0.25,))),
-    # quality
-    "jpeg_compression": (((80,), (65,), (58,), (50,), (40,)), ((25,), (18,), (15,), (10,), (7,))),
-    "speckle_noise": (((0.06,), (0.1,), (0.12,), (0.16,), (0.2,)), ((0.15,), (0.2,), (0.35,), (0.45,), (0.6,))),
-    "gaussian_blur": (((0.4,), (0.6,), (0.7,), (0.8,), (1.0,)), ((1,), (2,), (3,), (4,), (6,))),
-    # mean, deviation, smoothness, threshold of the liquid; its strength (water) or smoothness (mud); 1 for mud
-    "spatter": (
-        (
-            (0.62, 0.1, 0.7, 0.7, 0.25, 0),
-            (0.65, 0.1, 0.8, 0.7, 0.25, 0),
-            (0.65, 0.3, 1, 0.69, 0.25, 0),
-            (0.65, 0.1, 0.7, 0.66, 0.6, 1),
-            (0.65, 0.1, 0.5, 0.62, 0.6, 1),
-        ),
-        (
-            (0.65, 0.3, 4, 0.69, 0.3, 0),
-            (0.65, 0.3, 3, 0.68, 0.3, 0),
-            (0.65, 0.3, 2, 0.68, 0.25, 0),
-            (0.65, 0.3, 1, 0.65, 1.5, 1),
-            (0.67, 0.4, 1, 0.65, 1.5, 1),
-        ),
-    ),
-    # factor and summand of the saturation
-    "saturate": (
-        ((1.5, 0), (0.3, 0), (0.1, 0), (2.5, 0.1), (3, 0.2)),
-        ((2, 0), (0.3, 0), (0.1, 0), (5, 0.1), (20, 0.2)),
-    ),
-}
-LENGTHS = {
-    "defocus_blur": (0,), "glass_blur": (0, 1), "motion_blur": (0, 1), "snow": (4, 5), "elastic_transform": (0, 1, 2),
-    "gaussian_blur": (0,), "spatter": (2,),
-}  # fmt: skip
-"""Which strengths are lengths in pixels."""
 CHUNK = 1 << 18
 """Values worked on at once: their float32 stays in a core's cache."""
 
@@ -166,22 +67,6 @@ def corrupt(images: NDArray[np.uint8], name: str, severity: int, seed: int, firs
             result = _FUNCTIONS[name](x, strength, draws)
             out[rows] = np.rint(np.clip(result, 0, 1) * np.float32(255)).astype(np.uint8)
     return out
-
-
-def strengths(name: str, severity: int, side: int) -> tuple[float, ...]:
-    """The numbers of a corruption for pictures whose shorter side has so many pixels.
-
-    Raises: ValueError for a severity outside 1 to 5.
-    """
-    if severity not in SEVERITIES:
-        raise ValueError(f"severity must be 1 to 5, got {severity}")
-    small, large = STRENGTHS[name]
-    inside = min(max(side, SMALL), LARGE)
-    share = (inside - SMALL) / (LARGE - SMALL)
-    values = [a + (b - a) * share for a, b in zip(small[severity - 1], large[severity - 1], strict=True)]
-    for index in LENGTHS.get(name, ()):
-        values[index] *= max(side / inside, 1.0)
-    return tuple(values)
 
 
 Draws = list[np.random.Generator]
@@ -348,7 +233,9 @@ def _saturate(x: Stack, strength: tuple[float, ...], draws: Draws) -> Stack:
     # How far each channel lies below the brightest, of the whole spread; a grey pixel counts as red (hue 0).
     below = np.where(spread > 0, (value - x) / np.maximum(spread, np.float32(1e-6)), np.array([0, 1, 1], np.float32))
     saturation = spread / np.maximum(value, np.float32(1e-6))
-    saturation = np.clip(saturation * np.float32(strength[0]) + np.float32(strength[1]), 0, 1)
+    grey = spread.max((1, 2, 3), keepdims=True) == 0
+    summand = np.where(grey, np.float32(strength[2]), np.float32(strength[1]))
+    saturation = np.clip(saturation * np.float32(strength[0]) + summand, 0, 1)
     result: Stack = value * (1 - saturation * below)
     return result
 

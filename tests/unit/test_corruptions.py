@@ -10,15 +10,9 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from trivium.train.corruptions import (
-    CALIBRATION_CORRUPTIONS,
-    SEVERITIES,
-    STRENGTHS,
-    TEST_CORRUPTIONS,
-    corrupt,
-    strengths,
-)
+from trivium.train.corruptions import CALIBRATION_CORRUPTIONS, TEST_CORRUPTIONS, corrupt
 from trivium.train.filters import disc, gaussian, plasma, sample, shuffle, zoom
+from trivium.train.strengths import SEVERITIES, STRENGTHS, strengths
 
 ALL = TEST_CORRUPTIONS + CALIBRATION_CORRUPTIONS
 Bytes = NDArray[np.uint8]
@@ -157,12 +151,16 @@ def test_contrast_and_brightness_are_their_formulas() -> None:
 def test_saturate_is_its_formula(severity: int) -> None:
     images = noise(1, 8, 8)
     images[0, 0, 0] = 90
-    factor, summand = strengths("saturate", severity, 8)
+    factor, summand, tint = strengths("saturate", severity, 8)
     out = unit(corrupt(images, "saturate", severity, 0)).reshape(-1, 3)
     for before, after in zip(unit(images).reshape(-1, 3), out, strict=True):
         hue, saturation, value = colorsys.rgb_to_hsv(*before)
         expected = colorsys.hsv_to_rgb(hue, min(saturation * factor + summand, 1), value)
         assert after == pytest.approx(expected, abs=0.52 / 255)
+    grey = np.full((1, 8, 8, 3), 200, np.uint8)
+    assert corrupt(grey, "saturate", severity, 0)[0, 0, 0] == pytest.approx(
+        [200, 200 * (1 - tint), 200 * (1 - tint)], abs=1
+    )
 
 
 def test_jpeg_and_pixelate_are_pillow() -> None:
