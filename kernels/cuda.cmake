@@ -39,9 +39,10 @@ set_target_properties(trivium_cuda PROPERTIES
   CUDA_VISIBILITY_PRESET hidden
   CXX_VISIBILITY_PRESET hidden)
 target_compile_features(trivium_cuda PRIVATE cxx_std_17)
-target_compile_options(trivium_cuda PRIVATE
-  $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra -O3>
-  $<$<COMPILE_LANGUAGE:CUDA>:-O3 -Xcompiler=-Wall,-Wextra>)
+# Set, not added to: the directory's options are g++'s, nvcc refuses them.
+set_property(TARGET trivium_cuda PROPERTY COMPILE_OPTIONS
+  $<$<COMPILE_LANGUAGE:CXX>:-Wall> $<$<COMPILE_LANGUAGE:CXX>:-Wextra>
+  $<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-Wall,-Wextra>)
 target_compile_definitions(trivium PRIVATE TRIVIUM_CUDA)
 target_sources(trivium PRIVATE $<TARGET_OBJECTS:trivium_cuda>)
 # The runtime is linked in whole, and its symbols stay inside: another copy, torch's say, may live in the process.
