@@ -9,13 +9,13 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
-from prometheus_client import disable_created_metrics
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from .config import Settings
@@ -67,7 +67,7 @@ class Server:
         self.repository = load(settings)
         self.instances = settings.instances or usable_cpus()
         self.scheduler = Scheduler(self.instances, settings.max_queue, settings.max_queue_bytes)
-        self.metrics = Metrics(self.scheduler)
+        self.metrics = Metrics(scheduler_gauges(self.scheduler), lambda: self.scheduler.executed)
         self.service = Service(self.repository, self.scheduler, self.metrics, settings.max_batch)
         self.health = Health()
         self._http = HttpServer(self.metrics.text, lambda: self.health.ready)
@@ -131,6 +131,16 @@ class Server:
         _log.log(logging.WARNING if left else logging.INFO, "drained; %d requests were given up", left)
 
 
+def scheduler_gauges(scheduler: Scheduler) -> dict[str, tuple[str, Callable[[], float]]]:
+    """What the queue shows of itself: name -> (help, value now)."""
+    return {
+        "trivium_instances": ("Worker threads.", lambda: scheduler.instances),
+        "trivium_queue_depth": ("Pictures waiting.", lambda: scheduler.depth),
+        "trivium_running_pictures": ("Pictures being answered.", lambda: scheduler.running),
+        "trivium_held_bytes": ("Bytes of requests waiting or running.", lambda: scheduler.nbytes),
+    }
+
+
 def load(settings: Settings) -> Repository:
     """Open, verify, start and self-test every bundle.
 
@@ -158,7 +168,6 @@ async def run(settings: Settings) -> None:
 
     SIGTERM, an orchestrator's, is followed by the grace time; SIGINT, a person's, drains at once.
     """
-    disable_created_metrics()  # type: ignore[no-untyped-call]
     server = Server(settings)
     loop = asyncio.get_running_loop()
     signalled: asyncio.Future[signal.Signals] = loop.create_future()

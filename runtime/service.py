@@ -62,8 +62,10 @@ class Service(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[mi
         """Inference requests not yet answered."""
         self.ready = False
         """What ServerReady and ModelReady say."""
-        metrics.in_flight.set_function(lambda: self.in_flight)
-        metrics.ready.set_function(lambda: self.ready)
+        metrics.gauges |= {
+            "trivium_in_flight_requests": ("Requests not yet answered.", lambda: self.in_flight),
+            "trivium_ready": ("1 while the server says that it is ready.", lambda: self.ready),
+        }
 
     async def ModelInfer(self, request: Any, context: Any) -> Any:
         start = perf_counter_ns()
@@ -90,10 +92,8 @@ class Service(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[mi
         except TriviumError as error:
             code = error.status
             if counted is not None:
-                if isinstance(error, QueueFull):
-                    counted.rejected.inc()
-                elif isinstance(error, DeadlineExceeded):
-                    counted.expired.inc()
+                counted.rejected += isinstance(error, QueueFull)
+                counted.expired += isinstance(error, DeadlineExceeded)
             await context.abort(grpc.StatusCode[code], str(error), self._advice(error))
         except Exception:
             _log.exception("a request failed")
@@ -106,7 +106,8 @@ class Service(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[mi
             expired = deadline is not None and monotonic() >= deadline - EXPIRY_SLACK
             code = "DEADLINE_EXCEEDED" if expired else "CANCELLED"
             if counted is not None:
-                (counted.expired if expired else counted.cancelled).inc()
+                counted.expired += expired
+                counted.cancelled += not expired
             raise
         finally:
             self.in_flight -= 1

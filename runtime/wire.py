@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,7 @@ class Request:
     priority: int
     timeout: float | None
     """Seconds from arrival, beside the call's own deadline."""
-    outputs: Sequence[str]
+    outputs: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +43,8 @@ class Output:
     """One tensor of the answer."""
 
     datatype: str
-    dims: Callable[[Manifest], tuple[int, ...]]
-    """Shape behind the batch."""
+    dims: Callable[[int, int], tuple[int, ...]]
+    """Shape behind the batch, of K heads and C classes."""
     pack: Callable[[Prediction], bytes]
 
 
@@ -57,17 +58,15 @@ def _head(prediction: Prediction) -> bytes:
 
 _INT64 = struct.Struct("<q")
 OUTPUTS: dict[str, Output] = {
-    "probabilities": Output("FP32", lambda m: (len(m.classes),), lambda p: p.probabilities.tobytes()),
-    "class_id": Output("INT64", lambda m: (), lambda p: _INT64.pack(p.class_id)),
-    "label": Output("BYTES", lambda m: (), _label),
-    "head": Output("BYTES", lambda m: (), _head),
-    "head_probabilities": Output(
-        "FP32", lambda m: (len(m.heads), len(m.classes)), lambda p: p.head_probabilities.tobytes()
-    ),
-    "predictive_entropy": Output("FP32", lambda m: (len(m.heads),), lambda p: p.predictive_entropy.tobytes()),
-    "mutual_information": Output("FP32", lambda m: (len(m.heads),), lambda p: p.mutual_information.tobytes()),
-    "divergence": Output("FP32", lambda m: (len(m.heads), len(m.heads)), lambda p: p.divergence.tobytes()),
-    "energy": Output("FP32", lambda m: (len(m.heads),), lambda p: p.energy.tobytes()),
+    "probabilities": Output("FP32", lambda k, c: (c,), lambda p: p.probabilities.tobytes()),
+    "class_id": Output("INT64", lambda k, c: (), lambda p: _INT64.pack(p.class_id)),
+    "label": Output("BYTES", lambda k, c: (), _label),
+    "head": Output("BYTES", lambda k, c: (), _head),
+    "head_probabilities": Output("FP32", lambda k, c: (k, c), lambda p: p.head_probabilities.tobytes()),
+    "predictive_entropy": Output("FP32", lambda k, c: (k,), lambda p: p.predictive_entropy.tobytes()),
+    "mutual_information": Output("FP32", lambda k, c: (k,), lambda p: p.mutual_information.tobytes()),
+    "divergence": Output("FP32", lambda k, c: (k, k), lambda p: p.divergence.tobytes()),
+    "energy": Output("FP32", lambda k, c: (k,), lambda p: p.energy.tobytes()),
 }
 """Every output by name, in the order of an answer that was not asked for some."""
 _ALL = tuple(OUTPUTS)
@@ -131,27 +130,39 @@ def read_request(message: Any, manifest: Manifest, max_batch: int) -> Request:
 
 
 def write_response(
-    message_id: str, manifest: Manifest, outputs: Sequence[str], predictions: Sequence[Prediction], queue_ns: int
+    message_id: str, manifest: Manifest, outputs: tuple[str, ...], predictions: Sequence[Prediction], queue_ns: int
 ) -> Any:
     """The ModelInferResponse to a request.
 
     decode_ns, compute_ns and route_ns are sums over its pictures; queue_ns is the wait until the first was taken up.
     """
-    response = service_pb2.ModelInferResponse(model_name=manifest.name, model_version=manifest.version, id=message_id)
-    parameters = response.parameters
-    parameters["decode_ns"].int64_param = sum(p.timings.decode for p in predictions)
-    parameters["queue_ns"].int64_param = queue_ns
-    parameters["compute_ns"].int64_param = sum(p.timings.compute for p in predictions)
-    parameters["route_ns"].int64_param = sum(p.timings.route for p in predictions)
     size = len(predictions)
+    response = service_pb2.ModelInferResponse()
+    response.CopyFrom(
+        _frame(manifest.name, manifest.version, len(manifest.heads), len(manifest.classes), size, outputs)
+    )
+    response.id = message_id
+    parameters = response.parameters
+    parameters["decode_ns"].int64_param = sum([p.timings.decode for p in predictions])
+    parameters["queue_ns"].int64_param = queue_ns
+    parameters["compute_ns"].int64_param = sum([p.timings.compute for p in predictions])
+    parameters["route_ns"].int64_param = sum([p.timings.route for p in predictions])
+    packs = [OUTPUTS[name].pack for name in outputs]
+    if size == 1:
+        response.raw_output_contents.extend([pack(predictions[0]) for pack in packs])
+    else:
+        response.raw_output_contents.extend([b"".join(map(pack, predictions)) for pack in packs])
+    return response
+
+
+@lru_cache(maxsize=256)
+def _frame(model: str, version: str, heads: int, classes: int, size: int, outputs: tuple[str, ...]) -> Any:
+    """All of a response that does not change from request to request."""
+    frame = service_pb2.ModelInferResponse(model_name=model, model_version=version)
     for name in outputs:
         output = OUTPUTS[name]
-        response.outputs.add(name=name, datatype=output.datatype, shape=(size, *output.dims(manifest)))
-        pack = output.pack
-        response.raw_output_contents.append(
-            pack(predictions[0]) if size == 1 else b"".join([pack(prediction) for prediction in predictions])
-        )
-    return response
+        frame.outputs.add(name=name, datatype=output.datatype, shape=(size, *output.dims(heads, classes)))
+    return frame
 
 
 def pack_bytes(data: bytes) -> bytes:
@@ -186,7 +197,9 @@ def metadata(manifest: Manifest, versions: Sequence[str]) -> Any:
     response.inputs.add(name=IMAGE, datatype="UINT8", shape=[-1, height, width, 3])
     response.inputs.add(name=ENCODED, datatype="BYTES", shape=[-1])
     for name, output in OUTPUTS.items():
-        response.outputs.add(name=name, datatype=output.datatype, shape=[-1, *output.dims(manifest)])
+        response.outputs.add(
+            name=name, datatype=output.datatype, shape=[-1, *output.dims(len(manifest.heads), len(manifest.classes))]
+        )
     return response
 
 
@@ -212,19 +225,21 @@ def config(manifest: Manifest, max_batch: int, instances: int, device: str) -> A
     model.input.add(name=IMAGE, data_type=types["UINT8"], dims=[height, width, 3], optional=True)
     model.input.add(name=ENCODED, data_type=types["BYTES"], optional=True)
     for name, output in OUTPUTS.items():
-        model.output.add(name=name, data_type=types[output.datatype], dims=output.dims(manifest))
+        model.output.add(
+            name=name, data_type=types[output.datatype], dims=output.dims(len(manifest.heads), len(manifest.classes))
+        )
     return service_pb2.ModelConfigResponse(config=model)
 
 
 def _raw(message: Any, tensor: Any, name: str) -> bytes | list[bytes]:
     """The input's bytes; a list where they came as elements in `contents`, for clients without raw contents."""
-    contents = tensor.contents
     raw = message.raw_input_contents
+    if len(raw) == 1 and not tensor.HasField("contents"):
+        return raw[0]  # type: ignore[no-any-return]
+    contents = tensor.contents
     given = [field.name for field, _ in contents.ListFields()]
     if raw:
-        if given or len(raw) != 1:
-            raise InvalidRequest(f"expected the bytes of {name!r} once, got {len(raw)} raw contents and {given}")
-        return bytes(raw[0])
+        raise InvalidRequest(f"expected the bytes of {name!r} once, got {len(raw)} raw contents and {given}")
     wanted = "uint_contents" if name == IMAGE else "bytes_contents"
     if given != [wanted]:
         raise InvalidRequest(f"expected the bytes of {name!r} in raw_input_contents or {wanted}, got {given or 'none'}")
@@ -268,10 +283,10 @@ def _parameters(parameters: Any, manifest: Manifest) -> tuple[str | None, int, f
     return router, priority, timeout
 
 
-def _outputs(requested: Any, manifest: Manifest) -> Sequence[str]:
+def _outputs(requested: Any, manifest: Manifest) -> tuple[str, ...]:
     if not requested:
         return _ALL
-    names = list(dict.fromkeys(output.name for output in requested))
+    names = tuple(dict.fromkeys(output.name for output in requested))
     for name in names:
         if name not in OUTPUTS:
             raise InvalidRequest(
