@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from trivium import kernels as trivium_kernels
-from trivium.kernels import HeadStatistics
+from trivium.kernels import HeadStatistics, custom_ops_library
+from trivium.kernels.onnx_op import THREADS_ENTRY
 
 from .bundle import Bundle
 from .errors import EngineError, InvalidRequest, MissingExtra
@@ -178,19 +178,17 @@ def _options(
 
     if kernels == "off":
         return "function", "switched off", fresh()
-    find: Any = getattr(trivium_kernels, "custom_ops_library", None)
     try:
-        library = find() if find is not None else None
-        if library is None or not Path(library).is_file():
-            raise OSError("this installation holds no kernel library")
+        library = custom_ops_library()
         options = fresh()
+        options.add_session_config_entry(THREADS_ENTRY, str(threads))
         options.register_custom_ops_library(str(library))
     except Exception as error:  # onnxruntime's exceptions share no base class below Exception
         reason = f"the kernel cannot be registered: {_first_line(error)}"
         if kernels == "on":
             raise EngineError(reason) from None
         return "function", reason, fresh()
-    return "fused", f"registered from {Path(library).name}", options
+    return "fused", f"registered from {library.name}", options
 
 
 def _check_signature(session: Any, bundle: Bundle) -> bool:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from trivium.kernels import HeadStatistics, mc_heads_ref
+from trivium.kernels import HeadStatistics, custom_ops_library, kernel_counts, mc_heads_ref
 from trivium.runtime.bundle import Bundle, open_bundle, read_manifest, seal
 from trivium.runtime.engine import GOLDEN_LIMIT, OUTPUTS, Engine
 from trivium.runtime.errors import EngineError, InvalidRequest
@@ -68,12 +68,10 @@ def test_the_answers_are_the_definitions(tiny_bundle: Path, some_pictures: NDArr
     bundle = open_bundle(tiny_bundle)
     engine = Engine(bundle, kernels=kernels)
     found, expected = engine.run(some_pictures), reference(bundle, some_pictures)
-    # bfloat16 weights of the fused kernel carry 8 bits
-    tolerance = 1e-5 if engine.kernels == "function" else 5e-3
     for name in OUTPUTS:
         values = getattr(found, name)
         assert values.dtype == np.float32
-        np.testing.assert_allclose(values, getattr(expected, name), rtol=tolerance, atol=tolerance, err_msg=name)
+        np.testing.assert_allclose(values, getattr(expected, name), rtol=1e-5, atol=1e-5, err_msg=name)
 
 
 @pytest.mark.parametrize("kernels", ["off", "auto"])
@@ -112,6 +110,21 @@ def test_which_kernels_run_is_said(tiny_bundle: Path) -> None:
     assert auto.kernels_reason
 
 
+def test_the_fused_kernel_runs_where_it_is_said_to_and_only_there(
+    tiny_bundle: Path, some_pictures: NDArray[np.uint8]
+) -> None:
+    try:
+        custom_ops_library()
+    except FileNotFoundError as error:
+        pytest.skip(f"the kernels are not built: {error}")
+    for kernels, calls in (("on", len(some_pictures)), ("auto", len(some_pictures)), ("off", 0)):
+        engine = Engine(open_bundle(tiny_bundle), kernels=kernels)  # type: ignore[arg-type]
+        assert engine.kernels == ("fused" if calls else "function")
+        before = kernel_counts().operators
+        engine.run(some_pictures)
+        assert kernel_counts().operators - before == calls
+
+
 @pytest.mark.parametrize("library", ["absent", "no library"])
 def test_a_kernel_library_that_cannot_be_used(
     tiny_bundle: Path, some_pictures: NDArray[np.uint8], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, library: str
@@ -119,7 +132,7 @@ def test_a_kernel_library_that_cannot_be_used(
     path = tmp_path / "libother.so"
     if library == "no library":
         path.write_bytes(b"\x7fELF nonsense")
-    monkeypatch.setattr("trivium.kernels.custom_ops_library", lambda: path, raising=False)
+    monkeypatch.setattr("trivium.runtime.engine.custom_ops_library", lambda: path)
     engine = Engine(open_bundle(tiny_bundle))
     assert engine.kernels == "function"
     assert "cannot be registered" in engine.kernels_reason
