@@ -1,4 +1,4 @@
-"""Pretrained classifiers: any timm model by name, its weights, and its split into stages, neck and linear classifier."""
+"""Pretrained classifiers: any timm model by name, its weights, and its split into stages, neck and linear head."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import timm
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from timm.data.config import resolve_model_data_config
 from torch import Tensor, nn
 
 from trivium.runtime.bundle import Preprocessing
@@ -53,7 +54,7 @@ class Part(nn.Module):
         part._modules = {name: child for name, child in model._modules.items() if name not in set(without)}
         if not parameters:
             part._parameters = {}
-        self.model = part
+        self.model: nn.Module = part
         self.calls = tuple(calls)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -65,11 +66,13 @@ class Part(nn.Module):
 class Neck(Part):
     """From feature maps or tokens to the pooled features [B, D] that the final linear layer sees."""
 
-    def __init__(self, model: nn.Module, without: Iterable[str]) -> None:
+    def __init__(self, model: nn.Module, without: Iterable[str], head: nn.Module) -> None:
         super().__init__(model, (), without, parameters=False)
+        self.model = _without(self.model, head)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.model.forward_head(x, pre_logits=True)  # type: ignore[operator]
+        pooled: Tensor = self.model.forward_head(x, pre_logits=True)  # type: ignore[operator]
+        return pooled
 
 
 class Classifier(nn.Module):
@@ -97,7 +100,8 @@ class Classifier(nn.Module):
         """Normalised pictures [B, 3, H, W] -> pooled features [B, D]."""
         for stage in self.stages:
             x = stage(x)
-        return self.neck(x)
+        pooled: Tensor = self.neck(x)
+        return pooled
 
     def head_weights(self) -> tuple[Tensor, Tensor]:
         """(weights [1, C, D], bias [1, C])."""
@@ -105,7 +109,8 @@ class Classifier(nn.Module):
 
     def original_logits(self, x: Tensor) -> Tensor:
         """Normalised pictures [B, 3, H, W] -> logits [B, C]."""
-        return self.head(self.features(x))
+        logits: Tensor = self.head(self.features(x))
+        return logits
 
     def forward(self, x: Tensor) -> Tensor:
         return self.original_logits(x)
@@ -219,22 +224,15 @@ def split(model: nn.Module, height: int, width: int, dropout_rate: float = 0.5) 
                 f"{type(model).__name__} does not take pictures of {height} x {width}: {_one_line(error)}"
             ) from None
         for candidate in _candidates(model, head, dropout_rate):
-            try:
-                x = probe
-                for stage in candidate.stages:
-                    x = stage(x)
-                if x.shape == maps.shape and torch.allclose(x, maps, atol=1e-5, rtol=1e-4):
-                    again = candidate.original_logits(probe)
-                    if torch.allclose(again, logits, atol=1e-4, rtol=1e-3):
-                        return candidate.train(was_training)
-            except (RuntimeError, AttributeError, TypeError, NotImplementedError):
-                continue  # this guess does not even run; the next one may
+            if _same(candidate, probe, maps, logits):
+                model.train(was_training)
+                return candidate.train(was_training)
     raise ConfigError(f"the features before the last layer of {type(model).__name__} cannot be had")
 
 
 def preprocessing_of(model: nn.Module, overrides: Mapping[str, Any] | None = None) -> Preprocessing:
     """What a timm model was trained on (its pretrained configuration), with `overrides` for fields of Preprocessing."""
-    config = timm.data.resolve_model_data_config(model)
+    config = resolve_model_data_config(model)  # type: ignore[no-untyped-call]
     _, height, width = config["input_size"]
     given = {key: value for key, value in (overrides or {}).items() if value is not None}
     height, width = given.get("height", height), given.get("width", width)
@@ -274,6 +272,21 @@ def wrap_timm(
     return split(model, settings.height, settings.width, dropout_rate).eval(), settings
 
 
+def _same(candidate: Classifier, probe: Tensor, maps: Tensor, logits: Tensor) -> bool:
+    try:
+        x = probe
+        for stage in candidate.stages:
+            x = stage(x)
+        again = candidate.original_logits(probe)
+    except (RuntimeError, AttributeError, TypeError, NotImplementedError):
+        return False  # this guess does not even run; the next one may
+    return (
+        x.shape == maps.shape
+        and torch.allclose(x, maps, atol=1e-5, rtol=1e-4)
+        and torch.allclose(again, logits, atol=1e-4, rtol=1e-3)
+    )
+
+
 def _candidates(model: nn.Module, head: nn.Linear, dropout_rate: float) -> Iterable[Classifier]:
     classifier = next((name for name, child in model.named_children() if child is head), "")
     for stem, body, last in LAYOUTS:
@@ -292,12 +305,22 @@ def _candidates(model: nn.Module, head: nn.Linear, dropout_rate: float) -> Itera
             # Children without tensors stay: a method of the model (_pos_embed) may call them.
             others = [name for name, child in model.named_children() if name not in stem and child.state_dict()]
             bodies.insert(0, Part(model, stem, others))
-        yield Classifier(bodies, Neck(model, [*names, classifier]), head, dropout_rate)
+        yield Classifier(bodies, Neck(model, names, head), head, dropout_rate)
     features = [name for name, _ in model.named_children()]
     whole = Part(model, ("forward_features",), [classifier])
-    yield Classifier([whole], Neck(model, features), head, dropout_rate)
+    yield Classifier([whole], Neck(model, features, head), head, dropout_rate)
     # forward_head of these needs children that forward_features uses too; the parameters are then held in common.
-    yield Classifier([whole], Neck(model, [classifier]), head, dropout_rate)
+    yield Classifier([whole], Neck(model, [], head), head, dropout_rate)
+
+
+def _without(model: nn.Module, head: nn.Module) -> nn.Module:
+    """The same modules, but the head, wherever it is nested, is an identity; the model itself is not changed."""
+    changed = copy.copy(model)
+    changed._modules = {
+        name: nn.Identity() if child is head else _without(child, head) if child and head in child.modules() else child
+        for name, child in model._modules.items()
+    }
+    return changed
 
 
 def _expand(module: nn.Module, container: bool) -> list[nn.Module]:

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -68,7 +68,7 @@ class CheckpointMeta(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     format: Literal["trivium-checkpoint"] = "trivium-checkpoint"
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[1] = 1
     name: Name
     classes: list[str] = Field(min_length=1)
     heads: list[Name] = Field(min_length=1)
@@ -156,13 +156,7 @@ def read_meta(root: Path) -> CheckpointMeta:
 
 def package_versions() -> dict[str, str]:
     """Versions of the packages that shape the weights."""
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "unknown"
-    return found
+    return {name: version(name) for name in PACKAGES}
 
 
 def save_tensors(target: Path, tensors: Mapping[str, Tensor]) -> None:

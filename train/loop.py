@@ -55,6 +55,11 @@ class Machine:
         """bfloat16 autocast, or nothing."""
         return torch.autocast(self.device.type, torch.bfloat16) if self.bfloat16 else nullcontext()
 
+    def place(self, model: nn.Module) -> None:
+        """Move a model to the device, in the memory format its convolutions are fastest in."""
+        model.to(device=self.device)
+        model.to(memory_format=torch.channels_last)
+
     def channels_last(self, x: Tensor) -> Tensor:
         """The pictures on the device, in the memory format its convolutions are fastest in."""
         return x.to(self.device).contiguous(memory_format=torch.channels_last)
@@ -143,7 +148,7 @@ def fit(stage: Stage, machine: Machine, watch: Watch) -> tuple[Cost, dict[str, f
                         f"{stage.name}.schedule.lr ({schedule.lr}); {_kept(stage, epoch)}"
                     )
                 optimizer.zero_grad(set_to_none=True)
-                loss.backward()
+                loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
                 total += value
                 show.step(value, parts)

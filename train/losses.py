@@ -49,7 +49,7 @@ def clean_loss(logits: Tensor, labels: Tensor, original: Tensor, tau: float, alp
 def robust_loss(
     logits: Tensor, labels: Tensor, teacher: Tensor | None, weight: Tensor | None, tau: float, beta: float
 ) -> Tensor:
-    """L_u = mean_i [CE(p_u(x~_i), y_i) + beta w_i tau^2 KL(p_T(x~_i) || p_u(x~_i))]: the robust head on shifted pictures.
+    """L_u = mean_i [CE(p_u(x~_i), y_i) + beta w_i tau^2 KL(p_T(x~_i) || p_u(x~_i))]: the robust head on shifted views.
 
     teacher None leaves the distillation out.
     """
@@ -69,7 +69,7 @@ def combined_loss(
     tau: float,
     gamma: float,
 ) -> Tensor:
-    """L_m = 1/2 [CE(p_m(x), y) + CE(p_m(x~), y)] + gamma/2 [tau^2 KL(p_0(x) || p_m(x)) + w tau^2 KL(p_T(x~) || p_m(x~))].
+    """L_m = 1/2 [CE(p_m(x), y) + CE(p_m(x~), y)] + gamma/2 tau^2 [KL(p_0(x) || p_m(x)) + w KL(p_T(x~) || p_m(x~))].
 
     clean and shifted: the combined head's logits of the clean pictures and of their shifted views. teacher None leaves
     its term out.

@@ -41,13 +41,14 @@ def mc_statistics(
     device = features.device
     tau = torch.as_tensor(np.asarray(temperature, np.float32), device=device)
     mask = torch.as_tensor(np.asarray(masks, np.float32), device=device)
-    shapes = (features.shape, weights.shape, bias.shape, tau.shape, mask.shape)
-    check_shapes(*(tuple(shape) for shape in shapes), keep)  # type: ignore[arg-type]
+    check_shapes(
+        tuple(features.shape), tuple(weights.shape), tuple(bias.shape), tuple(tau.shape), tuple(mask.shape), keep
+    )
     (k, c, d), t = weights.shape, len(mask)
     scaled = (weights.float() / keep / tau[:, None, None]).transpose(1, 2)  # [K, D, C]
     offset = bias.float() / tau[:, None]
     size = max(1, CHUNK // (t * max(d, c) * k))
-    parts = [_chunk(h.float(), scaled, offset, mask) for h in features.split(size)]
+    parts = [_chunk(h.float(), scaled, offset, mask) for h in torch.split(features, size)]
     if not parts:
         empty = ((0, k, c), (0, k), (0, k), (0, k, k), (0, k))
         return HeadStatistics(*(np.zeros(shape, np.float32) for shape in empty))

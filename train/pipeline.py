@@ -1,4 +1,4 @@
-"""A whole run, stage by stage: original classifier, teacher, its check, student, checkpoint. Done stages are skipped."""
+"""A whole run, stage by stage: original, teacher, its check, student, checkpoint. Stages done before are skipped."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from .checkpoint import (
     save_tensors,
     write_json,
 )
-from .data import Pictures, load_pictures
+from .data import load_pictures
 from .loop import Stage, accuracy, derive, fingerprint, fit, machine
 from .losses import clean_loss, combined_loss, robust_loss, uncertainty_weight
 from .mc import normalise
@@ -166,9 +166,9 @@ class Run:
                     f"{name}: these weights were made for other classes than the {len(self.classes)} of the data: "
                     f"give {name}.schedule to fine-tune them"
                 )
-            cost, figures = Cost(), {}
+            cost, figures = Cost(), dict[str, float]()
             if settings.schedule is not None:
-                model = model.to(self.machine.device, memory_format=torch.channels_last)
+                self.machine.place(model)
                 stage = Stage(
                     name=name,
                     model=model,
@@ -185,7 +185,7 @@ class Run:
             directory.mkdir(parents=True, exist_ok=True)
             save_tensors(directory / MODEL, model.state_dict())
             self._finish(name, directory, mark, cost, figures)
-        model = model.to(self.machine.device, memory_format=torch.channels_last)
+        self.machine.place(model)
         frozen = split(model, self.preprocessing.height, self.preprocessing.width).eval().requires_grad_(False)
         return frozen, mark
 
@@ -194,7 +194,7 @@ class Run:
         torch.manual_seed(derive(recipe.seed, "student", "initial"))
         heads = recipe.heads
         student = Student(original, heads.names, heads.depth, heads.tail, heads.dropout.rate, heads.freeze_norm)
-        student = student.to(self.machine.device, memory_format=torch.channels_last)
+        self.machine.place(student)
         settings = (recipe.heads.model_dump(), recipe.student.model_dump(), recipe.shifts.model_dump())
         mark = fingerprint("student", *self.common, *settings, upstream)
         if self._done("student", directory, mark, directory / MODEL):
@@ -347,7 +347,7 @@ class Run:
         }
 
     def _glance_heads(self, student: Student) -> dict[str, float]:
-        figures = {}
+        figures = dict[str, float]()
         for kind in ("clean", "shifted"):
             right = np.zeros(len(student.head_names))
             total = 0

@@ -84,7 +84,7 @@ class Teacher(Model):
     """The small robust teacher."""
 
     loss: Literal["ce", "jsd"] = "ce"
-    """ce: cross-entropy of shifted views; jsd: of clean pictures, with the Jensen-Shannon term of two views (AugMix)."""
+    """ce: cross-entropy of shifted views; jsd: of clean pictures, and the Jensen-Shannon term of two views (AugMix)."""
     jsd_weight: NonNegative = 12.0
     clean_share: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Share of clean pictures among those of loss ce."""
@@ -222,13 +222,18 @@ def _number(text: str) -> str | float:
 
 
 def _explain(error: ValidationError) -> str:
-    first = error.errors()[0]
-    # Names of union members (Limits, ...) stand in a location too; only keys have lower case.
-    where = ".".join(str(part) for part in first["loc"] if str(part) == str(part).lower())
-    if first["type"] == "extra_forbidden":
+    # Where a value may be one of several types, each of them reports; a misspelt key tells most.
+    errors = error.errors()
+    first = next((each for each in errors if each["type"] == "extra_forbidden"), errors[0])
+    unknown = first["type"] == "extra_forbidden"
+    *above, last = first["loc"] or ("",)
+    known = {part for key in keys() for part in key.split(".")}
+    # Names of those types stand in the location too.
+    where = ".".join(str(part) for part in [*(p for p in above if p in known), *([last] * (unknown or last in known))])
+    if unknown:
         near = difflib.get_close_matches(where, list(keys()), n=1, cutoff=0.4)
         if not near:
-            near = difflib.get_close_matches(where.rpartition(".")[2], list(keys()), n=1, cutoff=0.0)
+            near = difflib.get_close_matches(str(last), list(keys()), n=1, cutoff=0.0)
         return f"unknown key {where!r}; nearest: {near[0]}"
     message = first["msg"].removeprefix("Value error, ")
     return f"{where}: {message}" if where else message

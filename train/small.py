@@ -13,7 +13,7 @@ def _small_resnet(layers: tuple[int, ...], channels: tuple[int, ...], num_classe
     # A deep stem is asked for only because timm then takes its width from stem_width; it is replaced at once: one
     # 4 x 4 convolution of stride 2 halves the picture (a 28 x 28 one to 14 x 14) and nothing is pooled after it.
     net = ResNet(
-        BasicBlock,
+        BasicBlock,  # type: ignore[arg-type]
         layers,
         num_classes=num_classes,
         channels=channels,
@@ -21,10 +21,9 @@ def _small_resnet(layers: tuple[int, ...], channels: tuple[int, ...], num_classe
         stem_width=channels[0] // 2,
         **kwargs,
     )
-    net.conv1 = nn.Conv2d(kwargs.get("in_chans", 3), channels[0], 4, stride=2, padding=1, bias=False)
-    nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
-    net.maxpool = nn.Identity()
-    net.pretrained_cfg = net.default_cfg = {
+    stem = nn.Conv2d(kwargs.get("in_chans", 3), channels[0], 4, stride=2, padding=1, bias=False)
+    nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
+    config = {
         "input_size": (3, 28, 28),
         "interpolation": "bilinear",
         "crop_pct": 1.0,
@@ -32,6 +31,13 @@ def _small_resnet(layers: tuple[int, ...], channels: tuple[int, ...], num_classe
         "std": (0.5, 0.5, 0.5),
         "num_classes": num_classes,
     }
+    for name, value in {
+        "conv1": stem,
+        "maxpool": nn.Identity(),
+        "pretrained_cfg": config,
+        "default_cfg": config,
+    }.items():
+        setattr(net, name, value)
     return net
 
 

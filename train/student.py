@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -52,7 +52,7 @@ class Student(nn.Module):
         self.trunk = nn.Sequential(*stages[: len(stages) - depth], *([] if depth else last))
         self.original_tail = nn.Sequential(*(last if depth else []))
         self.original_head = original.head
-        for module in (self.trunk, self.original_tail, self.original_head):
+        for module in self._frozen():
             module.requires_grad_(False)
         copies = 0 if depth == 0 else 1 if tail == "shared" else len(self.head_names)
         self.branches = nn.ModuleList(copy.deepcopy(self.original_tail) for _ in range(copies))
@@ -63,24 +63,26 @@ class Student(nn.Module):
     def train(self, mode: bool = True) -> Student:
         """As nn.Module's; the frozen parts stay in eval mode, so that their batch statistics never move."""
         super().train(mode)
-        for module in (self.trunk, self.original_tail, self.original_head):
+        for module in self._frozen():
             module.eval()
         if self.freeze_norm:
-            for module in self.branches.modules():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                    module.eval()
+            for norm in self.branches.modules():
+                if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+                    norm.eval()
         return self
 
     def branch(self, head: int, z: Tensor) -> Tensor:
         """Trunk features -> pooled features [B, D] that head number `head` sees."""
         if not self.branches:
             return z
-        return self.branches[0 if self.tail == "shared" else head](z)
+        features: Tensor = self.branches[0 if self.tail == "shared" else head](z)
+        return features
 
     def logits(self, head: int, features: Tensor) -> Tensor:
         """Pooled features [B, D] -> logits [B, C], float32, with dropout in training mode."""
         dropped = F.dropout(features, self.dropout_rate, self.training)
-        return self.heads[head](dropped).float()
+        logits: Tensor = self.heads[head](dropped)
+        return logits.float()
 
     def features(self, x: Tensor) -> Tensor:
         """Normalised pictures [B, 3, H, W] -> [B, K, D], or [B, D] where the heads share their features."""
@@ -96,7 +98,8 @@ class Student(nn.Module):
 
     def original_from_trunk(self, z: Tensor) -> Tensor:
         """Trunk features -> the original classifier's logits [B, C]."""
-        return self.original_head(self.original_tail(z))
+        logits: Tensor = self.original_head(self.original_tail(z))
+        return logits
 
     def original_logits(self, x: Tensor) -> Tensor:
         """Normalised pictures [B, 3, H, W] -> the original classifier's logits [B, C], exactly."""
@@ -107,10 +110,8 @@ class Student(nn.Module):
         z = self.trunk(x)
         return torch.stack([self.logits(i, self.branch(i, z)) for i in range(len(self.head_names))], 1)
 
-    def tuned(self) -> Iterator[nn.Module]:
-        """The parts that training changes."""
-        yield self.branches
-        yield self.heads
+    def _frozen(self) -> tuple[nn.Module, ...]:
+        return self.trunk, self.original_tail, self.original_head
 
     @staticmethod
     def is_tuned(key: str) -> bool:

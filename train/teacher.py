@@ -80,9 +80,11 @@ def teacher_passes(teacher: Classifier, x: Tensor, passes: int, dropout: float) 
     dropout before its last layer."""
     features = teacher.features(x)
     if passes == 1:
-        return teacher.head(features).float()[None]
+        plain: Tensor = teacher.head(features)
+        return plain[None].float()
     dropped = F.dropout(features.expand(passes, *features.shape), dropout, training=True)
-    return teacher.head(dropped).float()
+    logits: Tensor = teacher.head(dropped)
+    return logits.float()
 
 
 def judge(result: Preflight, policy: Literal["refuse", "warn"], say: Callable[[str], None]) -> None:

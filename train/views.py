@@ -1,4 +1,4 @@
-"""What training makes of a batch: clean views (small shifts and mirrors) and shifted views (AugMix, PixMix, structural)."""
+"""What training makes of a batch: clean views (moved, mirrored) and shifted views (AugMix, PixMix, structural)."""
 
 from __future__ import annotations
 
@@ -83,7 +83,11 @@ class Shifts:
         self._mixing: Tensor | None = None
 
     def __call__(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        """[B, 3, H, W] in [0, 1] -> the same, shifted."""
+        """[B, 3, H, W] in [0, 1] -> the same, shifted; in full precision whatever autocast is on."""
+        with torch.autocast(x.device.type, enabled=False):
+            return self._shifted(x, generator)
+
+    def _shifted(self, x: Tensor, generator: torch.Generator) -> Tensor:
         spec = self.spec
         draw = torch.rand(len(x), generator=generator)
         kinds = torch.bucketize(draw, torch.tensor([spec.augmix, spec.augmix + spec.pixmix]), right=True)
