@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from .errors import DigestMismatch, ExtraFile, ManifestError, MissingFile, UnknownSchema, UnsafePath
+from .weights import external_files
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
@@ -225,6 +226,16 @@ def open_bundle(path: str | os.PathLike[str]) -> Bundle:
             relative = (Path(directory) / name).relative_to(root).as_posix()
             if relative != MANIFEST and relative not in listed:
                 raise ExtraFile(f"{printable(relative)}: not listed in the manifest")
+    try:
+        weights = external_files(root / manifest.model)
+    except ValueError as error:
+        raise UnsafePath(f"{manifest.model}: where its weights lie cannot be read: {error}") from None
+    folder = manifest.model.rpartition("/")
+    for location in sorted(weights):
+        if folder[0] + folder[1] + location not in listed:
+            raise UnsafePath(
+                f"{manifest.model}: its weights lie in {location[:200]!r}, which the manifest does not list"
+            )
     return Bundle(root, manifest)
 
 
