@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
@@ -94,14 +95,14 @@ def calibration_table(calibration: Calibration) -> Table:
     title = f"routers on {calibration.pictures} calibration pictures, " + ", ".join(
         f"{share:.0%} {kind}" for kind, share in calibration.mixture.items()
     )
-    result = Table(title=title, title_justify="left")
-    result.add_column("router")
+    result = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    result.add_column("router", no_wrap=True)
     columns = {
         "accuracy": "accuracy",
         "accuracy_clean": "clean",
         "accuracy_shifted": "shifted",
-        "difference": "- best head [95 % interval]",
-        "negative_flips": "negative flips",
+        "difference": "over best head [95 %]",
+        "negative_flips": "flips",
     }
     for header in columns.values():
         result.add_column(header, justify="right", no_wrap=True)

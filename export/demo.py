@@ -21,11 +21,13 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from trivium.runtime.bundle import open_bundle
+from trivium.runtime.bundle import MANIFEST, open_bundle
 from trivium.runtime.errors import BundleError, TriviumError
 from trivium.train.checkpoint import read_meta
 from trivium.train.corruptions import TEST_CORRUPTIONS, corrupt
 from trivium.train.data import load_described
+
+from .source import package_versions
 
 SEVERITY = 4
 """Of the corrupted pictures that the client asks about."""
@@ -117,7 +119,12 @@ class Demo:
             manifest = open_bundle(self.bundle).manifest
         except BundleError:
             return False
-        return manifest.provenance.get("weights_sha256") == read_meta(self.student).weights_sha256
+        meta = read_meta(self.student)
+        packages = meta.packages | package_versions()
+        return (manifest.provenance.get("weights_sha256"), manifest.provenance.get("packages")) == (
+            meta.weights_sha256,
+            packages,
+        )
 
     def write_pictures(self) -> None:
         """Test pictures for the client, clean and under the test's corruptions in turn."""
@@ -217,33 +224,40 @@ class Demo:
     def evaluate(self) -> None:
         """Accuracy, flips and the report, unless they are this bundle's already."""
         self.step(f"evaluate on {self.test_pictures} test pictures, 15 corruptions x 5 severities")
-        words = (
-            "evaluate",
-            self.bundle,
-            "--original",
-            self.student,
-            "--pictures",
-            str(self.test_pictures),
-            "--out",
-            self.out,
-        )
-        self.command(*words, "--data", self.data)
+        words = ["evaluate", str(self.bundle), "--original", str(self.student), "--data", self.data]
+        words += ["--pictures", str(self.test_pictures), "--out", str(self.out)]
+        if self.evaluated():
+            again = f"[bold]trivium {shlex.join(words)}[/] makes them anew"
+            self.console.print(f"{self.results} and the report are this bundle's already; {again}")
+            return
+        self.command(*words)
+
+    def evaluated(self) -> bool:
+        """Whether report and results are younger than the bundle and about as many pictures as asked for."""
+        files = (self.bundle / MANIFEST, self.results, self.out / "report.html")
+        if not all(file.is_file() for file in files):
+            return False
+        bundle, *made = (file.stat().st_mtime_ns for file in files)
+        found = json.loads(self.results.read_text(encoding="utf-8"))
+        return min(made) > bundle and found["data"]["pictures"] == self.test_pictures
 
     def summary(self) -> None:
         """Accuracy and flips of the original classifier, each head, and the chosen router."""
         self.step("what came of it")
         document = json.loads(self.results.read_text(encoding="utf-8"))
-        table = Table("answers by", "clean", "corrupted", "negative flips, clean", "negative flips, corrupted")
-        for column in table.columns[1:]:
-            column.justify = "right"
+        table = Table(
+            title="% of clean / corrupted pictures; flips: right by the original, wrong here", title_justify="left"
+        )
+        for header in ("answers by", "clean", "corrupted", "negative flips"):
+            table.add_column(header, justify="left" if header == "answers by" else "right", no_wrap=True)
         for row in document["answerers"]:
             if row["role"] == "rule" and not row["default"]:
                 continue
-            flips = row["negative_flips"]
+            flips = row["negative_flips"] if row["role"] != "original" else None
             table.add_row(
-                row["name"] + (" (the chosen router)" if row["default"] else ""),
-                *(f"{100 * row['accuracy'][part]:.1f} %" for part in ("clean", "corrupted")),
-                *("-" if flips is None else f"{100 * flips[part]:.1f} %" for part in ("clean", "corrupted")),
+                f"{'router: ' if row['default'] else ''}{row['name']}",
+                *(f"{100 * row['accuracy'][part]:.1f}" for part in ("clean", "corrupted")),
+                "-" if flips is None else f"{100 * flips['clean']:.1f} / {100 * flips['corrupted']:.1f}",
             )
         self.console.print(table)
 

@@ -10,6 +10,7 @@ import onnx
 import torch
 from numpy.typing import ArrayLike, NDArray
 from onnx import helper
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from trivium.kernels import HeadStatistics, mc_heads_ref
@@ -127,7 +128,7 @@ def tolerances(rows: Sequence[Difference]) -> dict[str, float]:
 
 def table(rows: Sequence[Difference], pictures: str) -> Table:
     """For the terminal."""
-    result = Table(title=f"parity on {pictures}: largest |a - b| / max(1, |b|)", title_justify="left")
+    result = Table(title=f"parity on {pictures}: largest |a - b| / max(1, |b|)", title_justify="left", box=SIMPLE_HEAD)
     for column in ("implementations", "output", "difference", "limit"):
         result.add_column(column, justify="left" if column in ("implementations", "output") else "right")
     for row in rows:
