@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
 import json
 import logging
 import os
@@ -151,6 +152,7 @@ def load(settings: Settings) -> Repository:
     for path in settings.bundles:
         predictor = Predictor.load(path, kernels=settings.kernels, device=settings.device, limits=limits)
         repository.add(predictor)
+        warm_up(predictor)
         manifest, engine = predictor.manifest, predictor.engine
         _log.info(
             "%s version %s: heads %s, %s kernels (%s), self-test passed",
@@ -161,6 +163,15 @@ def load(settings: Settings) -> Repository:
             engine.kernels_reason,
         )
     return repository
+
+
+def warm_up(predictor: Predictor) -> None:
+    """Answer one JPEG, so that the first client's picture does not pay for imports and first allocations."""
+    from PIL import Image
+
+    encoded = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(encoded, "JPEG")
+    predictor.infer(predictor.decode(encoded.getvalue()))
 
 
 async def run(settings: Settings) -> None:

@@ -179,7 +179,7 @@ def picture_request_pixels(bundle: Path) -> bytes:
 
 
 def build(model: str, target: Path) -> None:
-    """A bundle of random weights with three heads: EfficientNet-Lite0, 1000 classes; or one linear layer, 10 classes."""
+    """A bundle of random weights, three heads: EfficientNet-Lite0, 1000 classes; or the heads alone, 10 classes."""
     from trivium.export import pack
     from trivium.export.graph import append_heads
     from trivium.export.onnx import masks_of

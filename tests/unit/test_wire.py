@@ -1,0 +1,170 @@
+"""The wire's codec: any bytes are either a request that fits or one InvalidRequest, and answers survive the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from tritonclient.grpc import service_pb2
+
+from trivium.runtime.bundle import Manifest
+from trivium.runtime.client import MESSAGE_PICTURES, Client, read_response
+from trivium.runtime.errors import InvalidRequest
+from trivium.runtime.predictor import Predictor
+from trivium.runtime.scheduler import NORMAL, URGENT
+from trivium.runtime.wire import OUTPUTS, pack_bytes, read_request, unpack_bytes, write_response
+
+
+@pytest.fixture(scope="module")
+def predictor(tiny_bundle: Path) -> Predictor:
+    return Predictor.load(tiny_bundle)
+
+
+@pytest.fixture(scope="module")
+def manifest(predictor: Predictor) -> Manifest:
+    return predictor.manifest
+
+
+def attempt(function: Callable[..., Any], *arguments: Any) -> Any:
+    """The result, or the InvalidRequest raised."""
+    try:
+        return function(*arguments)
+    except InvalidRequest as error:
+        return error
+
+
+@given(st.lists(st.binary(max_size=20), max_size=6))
+def test_bytes_tensors_come_back(elements: list[bytes]) -> None:
+    raw = b"".join(map(pack_bytes, elements))
+    assert unpack_bytes(raw, len(elements), "x") == elements
+
+
+@given(st.binary(max_size=60), st.integers(0, 5))
+def test_any_bytes_are_elements_or_an_error(raw: bytes, size: int) -> None:
+    elements = attempt(unpack_bytes, raw, size, "x")
+    if isinstance(elements, InvalidRequest):
+        assert "\n" not in str(elements)
+    else:
+        assert len(elements) <= size + 1
+        assert raw.startswith(b"".join(map(pack_bytes, elements)))
+
+
+NAMES = st.sampled_from(["image", "encoded_image", "", "probabilities", "Ünï"])
+PARAMETERS = st.dictionaries(
+    st.sampled_from(["router", "priority", "timeout", "sequence_id"]),
+    st.one_of(
+        st.builds(lambda v: service_pb2.InferParameter(int64_param=v), st.integers(-5, 5)),
+        st.builds(lambda v: service_pb2.InferParameter(string_param=v), st.sampled_from(["mean", "clean", "", "x"])),
+        st.just(service_pb2.InferParameter()),
+    ),
+    max_size=2,
+)
+TENSORS = st.builds(
+    lambda name, datatype, shape, ints: service_pb2.ModelInferRequest.InferInputTensor(
+        name=name,
+        datatype=datatype,
+        shape=shape,
+        contents=service_pb2.InferTensorContents(uint_contents=ints) if ints else None,
+    ),
+    NAMES,
+    st.sampled_from(["UINT8", "BYTES", "FP32"]),
+    st.one_of(
+        st.sampled_from([[1, 32, 32, 3], [2, 32, 32, 3], [1], [2]]), st.lists(st.integers(-2, 2**62), max_size=5)
+    ),
+    st.lists(st.integers(0, 2**32 - 1), max_size=3),
+)
+
+
+@settings(max_examples=300)
+@given(
+    st.lists(TENSORS, max_size=2),
+    st.lists(st.one_of(st.just(bytes(3072)), st.just(pack_bytes(b"a")), st.binary(max_size=20)), max_size=2),
+    PARAMETERS,
+    st.lists(st.sampled_from(list(OUTPUTS) + ["logits"]), max_size=2),
+)
+def test_any_message_is_a_request_that_fits_or_an_error(
+    manifest: Manifest, tensors: list[Any], raw: list[bytes], parameters: dict[str, Any], outputs: list[str]
+) -> None:
+    message = service_pb2.ModelInferRequest(
+        model_name="tiny",
+        inputs=tensors,
+        raw_input_contents=raw,
+        parameters=parameters,
+        outputs=[service_pb2.ModelInferRequest.InferRequestedOutputTensor(name=name) for name in outputs],
+    )
+    request = attempt(read_request, message, manifest, 4)
+    if isinstance(request, InvalidRequest):
+        assert "\n" not in str(request)
+        assert len(str(request)) < 600
+    else:
+        assert 1 <= request.size <= 4
+        if request.images is not None:
+            assert request.images.shape == (request.size, 32, 32, 3)
+        else:
+            assert len(request.encoded) == request.size
+        assert request.priority in (URGENT, NORMAL)
+        assert set(request.outputs) <= set(OUTPUTS)
+
+
+@given(st.binary(max_size=200))
+def test_random_protobuf_is_a_request_or_an_error(manifest: Manifest, data: bytes) -> None:
+    message = service_pb2.ModelInferRequest()
+    try:
+        message.ParseFromString(data)
+    except Exception:  # what gRPC refuses before it reaches us
+        return
+    with pytest.raises(InvalidRequest):
+        read_request(message, manifest, 4)
+
+
+def test_parameters_are_read(manifest: Manifest) -> None:
+    tensor = service_pb2.ModelInferRequest.InferInputTensor(name="encoded_image", datatype="BYTES", shape=[1])
+    message = service_pb2.ModelInferRequest(inputs=[tensor], raw_input_contents=[pack_bytes(b"abc")])
+    plain = read_request(message, manifest, 4)
+    assert (plain.router, plain.priority, plain.timeout) == (None, NORMAL, None)
+    assert plain.outputs == tuple(OUTPUTS)
+    message.parameters["router"].string_param = "mean"
+    message.parameters["priority"].uint64_param = 1
+    message.parameters["timeout"].int64_param = 1500
+    full = read_request(message, manifest, 4)
+    assert (full.router, full.priority, full.timeout, full.encoded) == ("mean", URGENT, 0.0015, [b"abc"])
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_predictions_survive_the_way(predictor: Predictor, some_pictures: NDArray[np.uint8], count: int) -> None:
+    predictions = [predictor.infer(image, decode_ns=7) for image in some_pictures[:count]]
+    response = write_response("id", predictor.manifest, tuple(OUTPUTS), predictions, 11)
+    found = read_response(service_pb2.ModelInferResponse.FromString(response.SerializeToString()))
+    assert len(found) == count
+    for one, other in zip(found, predictions, strict=True):
+        for name in OUTPUTS:
+            np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
+        assert one.timings.decode == 7 * count
+        assert one.timings.queue == 11
+        assert one.timings.compute == sum(p.timings.compute for p in predictions)
+    # the frame of an answer is shared: one request's must not change the next one's
+    again = write_response("other", predictor.manifest, ("label",), predictions, 0)
+    assert [tensor.name for tensor in again.outputs] == ["label"]
+    assert write_response("", predictor.manifest, tuple(OUTPUTS), predictions, 11).id == ""
+
+
+def test_a_client_splits_and_keeps_order() -> None:
+    small, large = np.zeros((32, 32, 3), np.uint8), np.zeros((3000, 3000, 3), np.uint8)
+    pictures: list[Any] = [b"a", b"b", small, *[small] * MESSAGE_PICTURES, b"c", large, *[large]]
+    with Client("127.0.0.1:1", "m") as client:
+        messages = list(client._messages(pictures, "mean"))
+    assert [(m.inputs[0].name, m.inputs[0].shape[0]) for m in messages] == [
+        ("encoded_image", 2),
+        ("image", MESSAGE_PICTURES),
+        ("image", 1),
+        ("encoded_image", 1),
+        ("image", 1),
+        ("image", 1),
+    ]
+    assert {m.parameters["router"].string_param for m in messages} == {"mean"}
