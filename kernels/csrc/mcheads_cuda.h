@@ -81,7 +81,8 @@ MCHEADS_CUDA_API int mcheads_cuda_run(mcheads_cuda_model* model, const void* fea
                                       float* divergence, float* energy, void* workspace, int64_t workspace_bytes,
                                       void* stream);
 
-/* The same, but only the stages of the bit mask: for timing one alone after a whole run with the same workspace. */
+/* The same, but only the stages of the bit mask: for timing one alone after a whole run with the same workspace. A
+ * batch whose workspace is that of a smaller one runs in slabs, which share it: stages alone mean nothing there. */
 MCHEADS_CUDA_API int mcheads_cuda_run_stages(mcheads_cuda_model* model, int stages, const void* features,
                                              int feature_type, int64_t batch, float* probabilities,
                                              float* predictive_entropy, float* mutual_information, float* divergence,
