@@ -1,7 +1,7 @@
 """Calibration: temperatures, the numbers of the routing rules, and which router answers by default.
 
-Everything is fitted on one part of the calibration pictures and judged on the rest, clean and under corruptions that
-no test uses, mixed in declared shares.
+Everything is fitted on one part of the calibration pictures and judged on the rest: clean, and shifted by corruptions
+that no test uses and by augmentations, mixed in declared shares.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import minimize_scalar
 from scipy.special import expit, logsumexp
@@ -20,16 +21,23 @@ from trivium.runtime.errors import ConfigError
 from trivium.runtime.router import SHIFT_FEATURES, routers, shift_features, symmetric_divergence
 
 from .comparison import choose_router, compare_routers, provisional
-from .corruptions import CALIBRATION_CORRUPTIONS, corrupt
+from .corruptions import CALIBRATION_CORRUPTIONS, SEVERITIES, corrupt
 from .data import Pictures
 from .mc import Heads
 from .observe import CLEAN, Observations, Observer
+from .views import Shifts, ShiftSpec
 
 DOMAINS = {"clean": (True, False), "robust": (False, True)}
 """Head -> whether clean and shifted pictures are its own calibration domain; both for every other head."""
 FIT_SHARE = 1 / 3
 """Of the calibration pictures: few numbers are fitted, while the choice of a router needs a narrow interval."""
 LEAST_PICTURES = 30
+SHIFTS = {
+    "augmix": ShiftSpec(augmix=1, pixmix=0, mixing_set=64),
+    "pixmix": ShiftSpec(augmix=0, pixmix=1, mixing_set=64),
+}
+"""Augmented views beside the corruptions: these four alone leave contrast and haze out, where heads differ most."""
+KINDS = (*CALIBRATION_CORRUPTIONS, *SHIFTS)
 AGREEMENT = 0.95
 """Quantile of the clean-robust divergence on clean pictures up to which the heads count as agreeing."""
 FALSE_ALARMS = 0.10
@@ -49,7 +57,7 @@ class Views(NamedTuple):
     labels: NDArray[np.int64]
     original: NDArray[np.int64]
     kind: NDArray[np.str_]
-    """[N]: "clean", or the corruption's name."""
+    """[N]: "clean", or one of KINDS."""
     picture: NDArray[np.int64]
     """[N]: position of the picture, so that all its views stay in one part."""
 
@@ -66,10 +74,11 @@ def calibrate(
     router: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[RouterSettings, Calibration]:
-    """Calibrate a model on calibration pictures: each once as it is and once corrupted.
+    """Calibrate a model on calibration pictures: each once as it is and once shifted.
 
-    The k-th picture meets the (k mod 4)-th of CALIBRATION_CORRUPTIONS, severities 1 to 5 in turn. A third of the
-    pictures serves the fits, the rest the comparison of routers. The same arguments give the same numbers.
+    The k-th picture meets the (k mod 6)-th of KINDS: a corruption, of severities 1 to 5 in turn, or an augmentation.
+    A third of the pictures serves the fits, the rest the comparison of routers. The same arguments give the same
+    numbers.
 
     Args:
         pictures: the calibration split.
@@ -126,26 +135,44 @@ def look_at_views(
     seed: int,
     progress: Callable[[int, int], None] | None = None,
 ) -> Views:
-    """Run a model on the pictures named by `order`, each clean and each under one calibration corruption."""
+    """Run a model on the pictures named by `order`, each clean and each shifted once."""
     found: list[Views] = []
     for start in range(0, len(order), CHUNK):
         chosen = order[start : start + CHUNK]
         position = np.arange(start, start + len(chosen))
         images = pictures.batch(chosen).permute(0, 2, 3, 1).contiguous().numpy()
-        names = np.array(CALIBRATION_CORRUPTIONS)[position % len(CALIBRATION_CORRUPTIONS)]
-        severities = 1 + position // len(CALIBRATION_CORRUPTIONS) % 5
-        shifted = np.empty_like(images)
-        for name in CALIBRATION_CORRUPTIONS:
-            for severity in range(1, 6):
-                rows = np.flatnonzero((names == name) & (severities == severity))
-                if rows.size:
-                    shifted[rows] = corrupt(images[rows], name, severity, seed, start)
-        for view, kind in ((images, np.full(len(chosen), CLEAN)), (shifted, names)):
+        kinds = np.array(KINDS)[position % len(KINDS)]
+        for view, kind in ((images, np.full(len(chosen), CLEAN)), (shifted(images, position, seed), kinds)):
             features, original = observer.look(view)
             found.append(Views(features, pictures.labels[chosen], original.argmax(1), kind, position))
         if progress is not None:
             progress(start + len(chosen), len(order))
     return Views(*(np.concatenate(column) for column in zip(*found, strict=True)))
+
+
+def shifted(images: NDArray[np.uint8], position: NDArray[np.intp], seed: int) -> NDArray[np.uint8]:
+    """One shifted view of each picture, uint8 [N, H, W, 3]; position, ascending, decides kind and severity."""
+    out = np.empty_like(images)
+    kind, severity = position % len(KINDS), 1 + position // len(KINDS) % 5
+    first = int(position[0])
+    for k, name in enumerate(KINDS):
+        rows = np.flatnonzero(kind == k)
+        if name in SHIFTS and rows.size:
+            out[rows] = augmented(images[rows], SHIFTS[name], seed, first)
+        for level in SEVERITIES if name not in SHIFTS else ():
+            part = rows[severity[rows] == level]
+            if part.size:
+                out[part] = corrupt(images[part], name, level, seed, first)
+    return out
+
+
+def augmented(images: NDArray[np.uint8], spec: ShiftSpec, seed: int, first: int) -> NDArray[np.uint8]:
+    """Training's shifted views of pictures, uint8 [N, H, W, 3], drawn from (seed, first)."""
+    grey = bool((images[..., :1] == images).all())
+    x = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
+    shift = Shifts(spec, (images.shape[1], images.shape[2]), seed, grey)
+    view = shift(x, torch.Generator().manual_seed(seed * 1_000_003 + first))
+    return (view.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
 
 
 def fit_temperature(logits: ArrayLike, labels: ArrayLike) -> float:

@@ -10,6 +10,8 @@ from markupsafe import Markup, escape
 from .results import Diagram, Diagrams, Histogram
 
 MARKS = ("circle", "square", "triangle", "diamond")
+LEAST_ANSWERS = 10
+"""In a bin of confidence; fewer say nothing about accuracy and are not drawn."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,8 @@ def entropy_histogram(name: str, found: Histogram) -> Markup:
     frame = Frame(320, 180, x=(0, found.edges[-1]), y=(0, top * 1.05), left=34, bottom=32)
     step = _step(top)
     ys = {step * i: f"{100 * step * i:g}" for i in range(int(top * 1.05 / step) + 1)}
-    xs = {found.edges[-1] * i / 4: f"{found.edges[-1] * i / 4:.1f}" for i in range(5)}
+    across = next(step for step in (0.1, 0.25, 0.5, 1.0, 2.0, 5.0) if found.edges[-1] / step <= 6)
+    xs = {across * i: f"{across * i:g}" for i in range(int(found.edges[-1] / across) + 1)}
     parts = [frame.grid(xs, ys)]
     for left, right, share in zip(found.edges, found.edges[1:], found.clean, strict=False):
         (x, y), (x2, base) = frame.at(left, share), frame.at(right, 0)
@@ -132,30 +135,30 @@ def entropy_histogram(name: str, found: Histogram) -> Markup:
     return _svg(frame.width, frame.height, "".join(parts), label=f"Predictive entropy of {name}")
 
 
-def share_bars(shares: Mapping[str, Mapping[str, float]], series: Mapping[str, Series]) -> Markup:
+def share_bars(shares: Mapping[str, Mapping[str, float]], series: Mapping[str, Series], label: str) -> Markup:
     """One stacked bar a severity: who answered."""
-    row, left, width = 34, 96, 760
+    row, left, width = 26, 52, 350
     parts = []
-    for i, (severity, parts_of) in enumerate(shares.items()):
-        y, x = 6 + i * row, float(left)
-        text = "clean" if severity == "0" else f"severity {severity}"
-        parts.append(f'<text class="label" x="{left - 10}" y="{y + 16}" text-anchor="end">{text}</text>')
-        for label, share in parts_of.items():
+    for i, (severity, answered) in enumerate(shares.items()):
+        y, x = 2 + i * row, float(left)
+        text = "clean" if severity == "0" else severity
+        parts.append(f'<text class="label" x="{left - 8}" y="{y + 14}" text-anchor="end">{text}</text>')
+        for name, share in answered.items():
             if share <= 0:
                 continue
             length = share * (width - left - 4)
-            title = f"<title>{escape(label)}: {100 * share:.1f} %</title>"
+            title = f"<title>{escape(name)}: {100 * share:.1f} %</title>"
             parts.append(
-                f'<rect x="{x:.1f}" y="{y}" width="{max(length - 1, 0.5):.1f}" height="24" rx="2" '
-                f'fill="var({series[label].color})">{title}</rect>'
+                f'<rect x="{x:.1f}" y="{y}" width="{max(length - 1, 0.5):.1f}" height="20" rx="2" '
+                f'fill="var({series[name].color})">{title}</rect>'
             )
-            if share >= 0.07:
+            if share >= 0.12:
                 parts.append(
-                    f'<text class="inbar" x="{x + length / 2:.1f}" y="{y + 16}" text-anchor="middle">'
+                    f'<text class="inbar" x="{x + length / 2:.1f}" y="{y + 14}" text-anchor="middle">'
                     f"{100 * share:.0f} %</text>"
                 )
             x += length
-    return _svg(width, 6 + row * len(shares), "".join(parts), label="Who answered, by severity")
+    return _svg(width, 2 + row * len(shares), "".join(parts), label=label)
 
 
 def _svg(width: float, height: float, body: str, css: str = "plot", label: str = "") -> Markup:
@@ -182,10 +185,11 @@ def _mark(series: Series, x: float, y: float, r: float) -> str:
 
 
 def _bins(diagram: Diagram) -> list[tuple[float, float, float]]:
-    """(confidence, accuracy, share of the answers) of the bins that hold any."""
+    """(confidence, accuracy, share of the answers) of the bins that are drawn."""
     total = sum(diagram.counts)
     columns = zip(diagram.confidence, diagram.accuracy, diagram.counts, strict=True)
-    return [(c, a, count / total) for c, a, count in columns if c is not None and a is not None]
+    filled = [(c, a, count) for c, a, count in columns if c is not None and a is not None]
+    return [(c, a, count / total) for c, a, count in filled if count >= min(LEAST_ANSWERS, max(diagram.counts))]
 
 
 def _step(top: float) -> float:

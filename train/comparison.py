@@ -37,6 +37,8 @@ class Candidate(NamedTuple):
     """Share of the mixture that the original got right and this router gets wrong."""
     flips_difference: Interval | None
     """Negative flips less those of the best single head."""
+    worse_on: tuple[str, ...] = ()
+    """Kinds of pictures on which it is significantly less accurate than the best single head."""
 
     def row(self) -> dict[str, Any]:
         """As a row of the manifest's calibration record."""
@@ -48,6 +50,7 @@ class Candidate(NamedTuple):
             "difference": self.difference.mean,
             "difference_low": self.difference.low,
             "difference_high": self.difference.high,
+            "worse_on": ", ".join(self.worse_on),
         }
         if self.negative_flips is not None and self.flips_difference is not None:
             row |= {
@@ -88,6 +91,12 @@ def compare_routers(
         return round(float(score[head].mean()), 9), 0.0 if flips is None else -float(flips[head].mean())
 
     best = max(manifest.heads, key=merit)
+
+    def worse_on(name: str) -> tuple[str, ...]:
+        gain = right[name].astype(np.float64) - right[best]
+        kinds = {str(kind): gain[observed.kind == kind] for kind in np.unique(observed.kind)}
+        return tuple(kind for kind, values in kinds.items() if paired_bootstrap(values, seed=seed).high < 0)
+
     rows = [
         Candidate(
             name,
@@ -97,6 +106,7 @@ def compare_routers(
             paired_bootstrap(score[name] - score[best], seed=seed),
             None if flips is None else float(flips[name].mean()),
             None if flips is None else paired_bootstrap(flips[name] - flips[best], seed=seed),
+            worse_on(name),
         )
         for name, values in right.items()
     ]
@@ -107,9 +117,9 @@ def choose_router(best: str, rows: Sequence[Candidate]) -> tuple[str, str]:
     """The default router and a sentence why.
 
     The best single head answers, unless another router's accuracy on the mixture beats it (the interval lies above
-    0), or is not worse by more than MARGIN (the interval lies above -MARGIN) with significantly fewer negative flips
-    (their interval lies below 0). Of several that beat it the most accurate is taken, of several that flip less the
-    one with the fewest flips.
+    0); or it is not worse by more than MARGIN (the interval lies above -MARGIN), significantly worse on no single
+    kind of picture, and makes significantly fewer negative flips (their interval lies below 0). Of several that beat
+    it the most accurate is taken, of several that flip less the one with the fewest flips.
     """
     others = [row for row in rows if row.router != best]
     better = [row for row in others if row.difference.low > 0]
@@ -121,20 +131,23 @@ def choose_router(best: str, rows: Sequence[Candidate]) -> tuple[str, str]:
     steadier = [
         row
         for row in others
-        if row.difference.low >= -MARGIN and row.flips_difference is not None and row.flips_difference.high < 0
+        if row.difference.low >= -MARGIN
+        and not row.worse_on
+        and row.flips_difference is not None
+        and row.flips_difference.high < 0
     ]
     if steadier:
         chosen = min(steadier, key=lambda row: (row.negative_flips, -row.accuracy))
         assert chosen.flips_difference is not None
         return chosen.router, (
-            f"not worse by more than {100 * MARGIN:g} points than the best single head, {best} "
-            f"({points(chosen.difference)}), with fewer negative flips ({points(chosen.flips_difference)})"
+            f"worse on no kind of picture, nor overall by more than {100 * MARGIN:g} points, than the best single "
+            f"head, {best} ({points(chosen.difference)}), with fewer negative flips ({points(chosen.flips_difference)})"
         )
     if not others:
         return best, "the only router of this model"
     return best, (
         f"the best single head on the mixture; no other router is more accurate with 95 % confidence, nor as accurate "
-        f"within {100 * MARGIN:g} points with fewer negative flips"
+        f"within {100 * MARGIN:g} points, on every kind of picture, with fewer negative flips"
     )
 
 

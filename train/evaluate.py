@@ -242,16 +242,21 @@ def detection(tally: Tally, default: str, excluded: Sequence[str]) -> list[Detec
     ]
 
 
-def head_share(tally: Tally, excluded: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Severity (0: clean) -> share of the counted views that each label answered."""
-    shares = {}
-    for severity in (0, *SEVERITIES):
-        rows = [v for v, (name, s) in enumerate(tally.variants) if s == severity and name not in excluded]
-        numbers = np.bincount(tally.routed[rows].ravel(), minlength=len(tally.routed_labels))
-        shares[str(severity)] = {
-            label: _short(number / numbers.sum())
-            for label, number in sorted(zip(tally.routed_labels, numbers.tolist(), strict=True))
-        }
+def head_share(tally: Tally, excluded: Sequence[str]) -> dict[str, dict[str, dict[str, float]]]:
+    """Rule -> severity (0: clean) -> label -> share of the counted views that it answered; rules that always answer
+    the same way are left out."""
+    shares: dict[str, dict[str, dict[str, float]]] = {}
+    for rule, places in tally.answered_by.items():
+        used = [tally.voices[i] for i in np.unique(places)]
+        if len(used) == 1:
+            continue
+        shares[rule] = {}
+        for severity in (0, *SEVERITIES):
+            rows = [v for v, (name, s) in enumerate(tally.variants) if s == severity and name not in excluded]
+            part = places[rows]
+            shares[rule][str(severity)] = {
+                label: _short((part == tally.voices.index(label)).mean()) for label in sorted(used)
+            }
     return shares
 
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -168,19 +169,17 @@ def show(results: Results, console: Console) -> None:
 
 def headline(results: Results) -> Table:
     """Every answerer, in percent."""
-    table = Table(title="% clean / corrupted; arrow: the default router", title_justify="left")
-    table.add_column("answers")
-    for name in ("accuracy", "negative flips", "ECE", "Brier", "accuracy at 80 %"):
-        table.add_column(name, justify="right")
+    table = Table(box=SIMPLE, caption="% clean / corrupted; → default router", caption_justify="left")
+    table.add_column("")
+    for name in ("accuracy", "negative flips", "ECE", "acc. at 80 %"):
+        table.add_column(name, justify="right", no_wrap=True)
     for each in results.answerers:
         flips = pair(each.negative_flips) if each.negative_flips and each.role != "original" else "-"
-        brier = f"{each.brier.clean:.3f} / {each.brier.corrupted:.3f}"
         table.add_row(
             ("→ " if each.default else "  ") + each.name,
             pair(each.accuracy),
             flips,
             pair(each.ece),
-            brier,
             pair(each.accuracy_at_80),
             style="bold" if each.default else "dim" if each.role == "original" else None,
         )

@@ -8,13 +8,15 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
 
 from trivium.kernels import HeadStatistics, dropout_masks
 from trivium.runtime.bundle import Dropout, Preprocessing
 
 from .mc import Heads, mc_statistics, normalise
+from .student import Student
 
-BATCH = 128
+BATCH = 64
 """Pictures a forward pass."""
 CLEAN = "clean"
 """The kind of a view that was not corrupted."""
@@ -29,7 +31,7 @@ class Observations:
     original: NDArray[np.int64] | None
     """[N]: the original classifier's answer to each view; None where there is no original."""
     kind: NDArray[np.str_]
-    """[N]: "clean", or the corruption's name."""
+    """[N]: "clean", or the name of the corruption or augmentation."""
     picture: NDArray[np.int64]
     """[N]: the picture of which this is a view."""
 
@@ -73,8 +75,9 @@ class Observer:
         features, original = [], []
         with torch.inference_mode():
             for x in self._batches(images):
-                features.append(self.model.features(x).float().cpu().numpy())
-                original.append(self.model.original_logits(x).float().softmax(1).cpu().numpy())
+                own, logits = self._both(x)
+                features.append(own.float().cpu().numpy())
+                original.append(logits.float().softmax(1).cpu().numpy())
         return np.concatenate(features), np.concatenate(original)
 
     def original(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -94,7 +97,16 @@ class Observer:
         weights, bias = self.weights[head].cpu().numpy() / self.keep, self.bias[head].cpu().numpy()
         return np.stack([(own * mask) @ weights.T + bias for mask in self.masks.astype(np.float32)], axis=1)
 
-    def _batches(self, images: NDArray[np.uint8]) -> Iterator[torch.Tensor]:
+    def _both(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Features and the original's logits; a student's frozen trunk, common to both, runs once."""
+        if not isinstance(self.model, Student):
+            return self.model.features(x), self.model.original_logits(x)
+        z = self.model.trunk(x)
+        branches = [self.model.branch(k, z) for k in range(max(1, len(self.model.branches)))]
+        features = branches[0] if len(branches) == 1 else torch.stack(branches, 1)
+        return features, self.model.original_from_trunk(z)
+
+    def _batches(self, images: NDArray[np.uint8]) -> Iterator[Tensor]:
         for start in range(0, len(images), BATCH):
             batch = torch.from_numpy(np.ascontiguousarray(images[start : start + BATCH])).permute(0, 3, 1, 2)
             yield normalise(batch.to(self.weights.device), self._preprocessing)

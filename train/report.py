@@ -43,7 +43,7 @@ def render(results: Results, samples: Sequence[Sequence[Sample]]) -> str:
     environment.filters |= {"percent": percent, "signed": signed, "words": words, "heat": heat}
     style = styles(results)
     drawn = [each.name for each in results.answerers if each.role != "rule" or each.default]
-    labels = sorted({label for shares in results.head_share.values() for label in shares})
+    voices = sorted({label for rule in results.head_share.values() for shares in rule.values() for label in shares})
     kinds = {
         kind: charts.severity_lines(
             {style[name]: [results.answerer(name).accuracy.clean, *found.accuracy[name]] for name in drawn},
@@ -61,8 +61,11 @@ def render(results: Results, samples: Sequence[Sequence[Sample]]) -> str:
         kinds=kinds,
         reliability={name: charts.reliability_plot(style[name], results.reliability[name]) for name in drawn},
         entropy={head: charts.entropy_histogram(head, found) for head, found in results.entropy.items()},
-        share=charts.share_bars(results.head_share, style),
-        share_labels=labels,
+        shares={
+            rule: charts.share_bars(found, style, f"Who answered under {rule}, by severity")
+            for rule, found in results.head_share.items()
+        },
+        voices=voices,
         best={
             key: max((getattr(each, key) or 0.0 for each in results.detection), default=0.0)
             for key in ("shift", "errors_clean", "errors_corrupted")
@@ -73,7 +76,7 @@ def render(results: Results, samples: Sequence[Sequence[Sample]]) -> str:
 
 def styles(results: Results) -> dict[str, Series]:
     """A series for every answerer and every label of who answered; unknown heads take spare colours in turn."""
-    labels = [label for shares in results.head_share.values() for label in shares]
+    labels = [label for rule in results.head_share.values() for shares in rule.values() for label in shares]
     names = list(dict.fromkeys([each.name for each in results.answerers] + labels))
     unknown = [name for name in names if name not in KNOWN]
     spare = {
@@ -100,5 +103,5 @@ def words(name: str) -> str:
 
 
 def heat(value: float) -> int:
-    """Strength of a heat map's cell, 0 to 100."""
-    return round(100 * min(max(value, 0.0), 1.0))
+    """Strength, 0 to 60, of a cell of accuracy `value`: the more errors the stronger, all of it from 80 % errors up."""
+    return round(60 * min(max(1 - value, 0.0) / 0.8, 1.0))

@@ -175,8 +175,8 @@ class Results(Section):
     corruptions: dict[str, Corrupted]
     bounds: Bounds
     detection: list[Detection]
-    head_share: dict[str, dict[str, float]]
-    """"0" (clean), "1" to "5" (severity) -> label of who answered -> share, under the default router."""
+    head_share: dict[str, dict[str, dict[str, float]]]
+    """Rule -> "0" (clean), "1" to "5" (severity) -> label of who answered -> share; only rules that change heads."""
     reliability: dict[str, Diagrams]
     entropy: dict[str, Histogram]
     """Head -> its predictive entropy."""

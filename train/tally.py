@@ -40,9 +40,10 @@ class Tally:
     log_loss: dict[str, NDArray[np.float32]] = field(default_factory=dict)
     scores: dict[str, NDArray[np.float32]] = field(default_factory=dict)
     """Score -> [V, N]; higher means less familiar."""
-    routed: NDArray[np.int16] = field(default_factory=lambda: np.zeros((0, 0), np.int16))
-    """[V, N]: number of the label of who answered under the default router."""
-    routed_labels: list[str] = field(default_factory=list)
+    answered_by: dict[str, NDArray[np.int32]] = field(default_factory=dict)
+    """Rule -> [V, N]: place in `voices` of who answered under this rule."""
+    voices: list[str] = field(default_factory=list)
+    """Labels of who answered: heads, or a blend of some."""
 
     def right(self, answerer: str) -> NDArray[np.bool_]:
         """[V, N]."""
@@ -97,7 +98,6 @@ def ask(
     """
     manifest = subject.manifest
     tally = Tally(variants(), labels_for(pictures, manifest.classes)[chosen])
-    tally.routed = np.zeros((len(tally.variants), len(chosen)), np.int16)
     size = pictures.preprocessing
     chunk = max(16, CHUNK_BYTES // (size.height * size.width * 3))
     done = 0
@@ -121,10 +121,10 @@ def count(
     """Enter the answers to pictures `rows` under variant number v."""
     labels = tally.labels[rows]
     for name, probabilities, answered_by in answers(statistics, manifest, original):
-        if answered_by is not None and name == manifest.router.default:
-            for label in set(answered_by) - set(tally.routed_labels):
-                tally.routed_labels.append(label)
-            tally.routed[v, rows] = [tally.routed_labels.index(label) for label in answered_by]
+        if name not in manifest.heads and answered_by:
+            tally.voices += sorted(set(answered_by) - set(tally.voices))
+            places = np.array([tally.voices.index(label) for label in answered_by])
+            tally.put(tally.answered_by, name, v, rows, places)
         tally.put(tally.class_id, name, v, rows, probabilities.argmax(1))
         tally.put(tally.confidence, name, v, rows, probabilities.max(1))
         tally.put(tally.squared_error, name, v, rows, metrics.squared_error(probabilities, labels))
@@ -142,10 +142,10 @@ def count(
 
 def answers(
     statistics: HeadStatistics, manifest: Manifest, original: Probabilities | None
-) -> Iterator[tuple[str, Probabilities, list[str] | None]]:
+) -> Iterator[tuple[str, Probabilities, list[str]]]:
     """(answerer, probabilities [N, C], who answered each picture) of the original, then of every router."""
     if original is not None and ORIGINAL not in manifest.heads:
-        yield ORIGINAL, original, None
+        yield ORIGINAL, original, []
     for name in routers(manifest):
         routed = route(statistics, manifest, name)
         yield name, routed.probabilities, routed.head
