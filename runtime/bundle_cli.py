@@ -16,6 +16,9 @@ from .router import routers
 if TYPE_CHECKING:
     from rich.table import Table
 
+WIDTH = 200
+"""Columns where the output goes into a file or a pipe."""
+
 
 def main() -> None:
     """Run one of the subcommands show, verify and schema."""
@@ -48,7 +51,7 @@ def show(bundle: Bundle) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    console = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
     facts = Table(box=None, show_header=False, pad_edge=False)
     facts.add_column(style="bold", no_wrap=True)
     facts.add_column(overflow="fold")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,9 @@ from .errors import InvalidPicture, InvalidRequest
 from .predictor import Prediction, Predictor
 from .preprocess import SUFFIXES, read_picture
 from .router import routers
+
+WIDTH = 1000
+"""Columns of a table that goes into a file or a pipe, where nothing needs to be folded."""
 
 
 def main() -> None:
@@ -123,12 +127,13 @@ def print_table(rows: Sequence[tuple[str, Prediction]], manifest: Manifest, top:
     table = Table("picture", "label", "p", "head", "entropy", "MI", box=None, pad_edge=False)
     if disagreement := {"clean", "robust"} <= set(manifest.heads):
         table.add_column("KL clean-robust")
+    shared = _shared_folder([path for path, _ in rows])
     for path, prediction in rows:
         best = prediction.probabilities.argsort(kind="stable")[::-1][:top]
         own = [k for k, head in enumerate(manifest.heads) if head in prediction.head.split("+")]
         own = own or list(range(len(manifest.heads)))
         cells = [
-            printable(path),
+            printable(os.path.relpath(path, shared) if shared else path),
             "\n".join(manifest.classes[i] for i in best),
             "\n".join(f"{prediction.probabilities[i]:.3f}" for i in best),
             prediction.head,
@@ -139,9 +144,20 @@ def print_table(rows: Sequence[tuple[str, Prediction]], manifest: Manifest, top:
             clean, robust = manifest.heads.index("clean"), manifest.heads.index("robust")
             cells.append(f"{prediction.divergence[clean, robust]:.3f}")
         table.add_row(*(Text(cell, overflow="fold") for cell in cells))
-    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    console = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
+    if shared:
+        console.print(Text(f"in {printable(shared)}"))
     console.print(table)
     console.print("entropy, MI (mutual information) and KL in nats", style="dim")
+
+
+def _shared_folder(paths: Sequence[str]) -> str:
+    """The directory above all paths, which would only push the answers off the screen; "" where there is none."""
+    try:
+        shared = os.path.commonpath([os.path.dirname(path) for path in paths])
+    except ValueError:  # some absolute, some relative
+        return ""
+    return shared if len(paths) > 1 and shared != os.sep else ""
 
 
 def _positive(text: str) -> int:

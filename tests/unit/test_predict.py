@@ -67,6 +67,17 @@ def test_the_table_names_every_picture(tiny_bundle: Path, folder: Path) -> None:
         assert text in done.stdout
 
 
+def test_the_table_leaves_out_the_folder_that_all_share(
+    tiny_bundle: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = trivium("predict", tiny_bundle, folder).stdout.splitlines()
+    assert lines[0] == f"in {folder}"
+    assert [line.split()[0] for line in lines[2:5]] == ["a.png", "b.PNG", "below/c.webp"]
+    monkeypatch.chdir(folder)
+    lines = trivium("predict", tiny_bundle, "a.png", folder / "b.PNG").stdout.splitlines()
+    assert [line.split()[0] for line in lines[1:3]] == ["a.png", str(folder / "b.PNG")]
+
+
 def test_a_single_head_has_no_divergence_to_show(single_head_bundle: Path, folder: Path) -> None:
     done = trivium("predict", single_head_bundle, folder / "a.png")
     assert done.returncode == 0
