@@ -40,7 +40,8 @@ class Settings(Strict):
     max_batch: Annotated[Count, Field(description="most pictures in one request")] = 64
     max_queue: Annotated[Count, Field(description="most pictures waiting; beyond it RESOURCE_EXHAUSTED")] = 256
     max_message_bytes: Annotated[Bytes, Field(description="longest request message")] = 64 << 20
-    max_queue_bytes: Annotated[Bytes, Field(description="most bytes of pictures waiting or running")] = 512 << 20
+    # gRPC and the message's parser hold a copy each, so the process may need three times as much
+    max_queue_bytes: Annotated[Bytes, Field(description="most bytes of messages waiting or running")] = 256 << 20
     max_picture_bytes: Annotated[Bytes, Field(description="longest encoded picture")] = 32 << 20
     max_picture_pixels: Annotated[int, Field(ge=1, description="most pixels of an encoded picture")] = 64_000_000
     grace_seconds: Annotated[
