@@ -198,7 +198,8 @@ def _check_signature(session: Any, bundle: Bundle) -> bool:
     height, width = manifest.preprocessing.height, manifest.preprocessing.width
     if [i.name for i in inputs] != [INPUT] or inputs[0].type != "tensor(uint8)" or len(inputs[0].shape) != 4:
         raise EngineError(f"{manifest.model}: its one input must be {INPUT!r}, uint8 [N, {height}, {width}, 3]")
-    if inputs[0].shape[1:] != [height, width, 3]:
+    batch = inputs[0].shape[0]
+    if inputs[0].shape[1:] != [height, width, 3] or (isinstance(batch, int) and batch != 1):
         raise EngineError(f"{manifest.model}: its input is {inputs[0].shape}, not [N, {height}, {width}, 3]")
     k, c = len(manifest.heads), len(manifest.classes)
     expected = {"probabilities": [k, c], "divergence": [k, k]}
@@ -214,7 +215,7 @@ def _check_signature(session: Any, bundle: Bundle) -> bool:
             raise EngineError(
                 f"{manifest.model}: its output {name} is {found[name].shape}, the manifest says {['N', *wanted]}"
             )
-    return not isinstance(inputs[0].shape[0], int)
+    return bool(batch != 1)
 
 
 def _read_golden(path: Path) -> dict[str, NDArray[Any]]:

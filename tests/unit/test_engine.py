@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from trivium.kernels import HeadStatistics, custom_ops_library, kernel_counts, mc_heads_ref
 from trivium.runtime.bundle import Bundle, open_bundle, read_manifest, seal
-from trivium.runtime.engine import GOLDEN_LIMIT, OUTPUTS, Engine
+from trivium.runtime.engine import OUTPUTS, Engine
 from trivium.runtime.errors import EngineError, InvalidRequest, UnsafePath
 
 onnx = pytest.importorskip("onnx", reason="needs onnx: pip install 'trivium[export]'")
@@ -202,9 +202,10 @@ def npy() -> bytes:
     return file.getvalue()
 
 
-def test_golden_answers_that_unpack_to_much_too_much(copy: Path) -> None:
+def test_golden_answers_that_unpack_to_much_too_much(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trivium.runtime.engine.GOLDEN_LIMIT", 1_000_000)
     with zipfile.ZipFile(copy / "golden.npz", "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("image.npy", bytes(GOLDEN_LIMIT + 1))
+        archive.writestr("image.npy", bytes(1_000_001))
     with pytest.raises(EngineError, match=r"golden\.npz cannot be read: \d+ bytes unpacked, more than"):
         Engine(resealed(copy)).self_test()
 
@@ -242,6 +243,10 @@ def float_input(model: Any) -> None:
     model.graph.input[0].type.tensor_type.elem_type = onnx.TensorProto.FLOAT
 
 
+def batch_of_four(model: Any) -> None:
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 4
+
+
 def missing_output(model: Any) -> None:
     del model.graph.output[4]
 
@@ -251,6 +256,7 @@ def missing_output(model: Any) -> None:
     [
         (renamed_input, {}, "its one input must be 'image'"),
         (float_input, {}, "its one input must be 'image', uint8"),
+        (batch_of_four, {}, r"its input is \[4, 32, 32, 3\], not \[N, 32, 32, 3\]"),
         (missing_output, {}, "it has no output 'energy'"),
         (None, {"classes": ["a", "b"]}, r"its output probabilities is \['N', 3, 10\], the manifest says \['N', 3, 2\]"),
         (None, {"heads": ["clean", "robust"], "router": {"default": "clean"}}, "its output probabilities is"),
@@ -290,6 +296,17 @@ def test_a_gpu_that_is_not_there(tiny_bundle: Path) -> None:
         pytest.skip("this ONNX Runtime has a CUDA provider")
     with pytest.raises(EngineError, match=r"no CUDA provider; run: .*trivium\[gpu\]"):
         Engine(open_bundle(tiny_bundle), device="cuda")
+
+
+def test_a_model_for_one_picture_answers_many(copy: Path, some_pictures: NDArray[np.uint8]) -> None:
+    def fix_batch(model: Any) -> None:
+        model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
+
+    expected = Engine(open_bundle(copy)).run(some_pictures)
+    edit_model(copy, fix_batch)
+    engine = Engine(resealed(copy))
+    assert_same_bits(engine.run(some_pictures), expected)
+    assert_same_bits(engine.run_batch(some_pictures), expected)
 
 
 def test_a_single_head(single_head_bundle: Path, some_pictures: NDArray[np.uint8]) -> None:
