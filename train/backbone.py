@@ -142,12 +142,13 @@ def create(
         ) from None
 
 
-def load_weights(model: nn.Module, path: str | os.PathLike[str], say: Callable[[str], None] = print) -> None:
+def load_weights(model: nn.Module, path: str | os.PathLike[str], say: Callable[[str], None] = print) -> bool:
     """Fill a timm model from a local file: safetensors, or a torch state dict (read with weights_only=True).
 
     A file whose tensors have other names but, in order, the shapes of the model's is taken position by position, and
     `say` is told. A final layer of another number of classes is left as it is, and `say` is told.
 
+    Returns: whether the final layer was filled too.
     Raises: ConfigError with one line for a file that is absent, unreadable or of another model.
     """
     found = read_state(path)
@@ -173,6 +174,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str], say: Callable[[
         say(f"{path}: made for {len(found[wrong[0]])} classes, so the final layer starts anew")
         found = found | {key: own[key] for key in wrong}
     model.load_state_dict(found)
+    return not wrong
 
 
 def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 """One training loop for every stage: schedules, autocast, a checkpoint each epoch, and exact resume after a kill.
 
 Every random draw of a step comes from (seed, stage, epoch, step) alone and every epoch ends with all state on disk, so
-a run that was killed and resumed ends with the same bits as one that was not (same machine, same number of threads).
+a run that was killed and resumed ends with the same bits as one that was not (on a CPU, with as many threads).
 """
 
 from __future__ import annotations

@@ -74,8 +74,11 @@ class Run:
             recipe.data, "train", preprocessing, train_transform=recipe.views.crop == "resized"
         )
         self.held_out = load_pictures(recipe.data, "calibration", preprocessing)
-        if len(self.pictures) == 0 or len(self.held_out) == 0:
-            raise ConfigError("the data has no pictures to train on, or none held out for calibration")
+        if len(self.pictures) < 2 or len(self.held_out) == 0:
+            raise ConfigError(
+                f"the data has {len(self.pictures)} pictures to train on and {len(self.held_out)} held out for "
+                "calibration: at least 2 and 1 are needed"
+            )
         self.classes = list(self.pictures.classes)
         self.labels = torch.from_numpy(self.pictures.labels)
         sample = self._sample()
@@ -159,9 +162,12 @@ class Run:
         if done:
             model.load_state_dict(read_state(directory / MODEL))
         else:
-            if weights not in ("hub", "train"):
-                load_weights(model, weights, self.watch.say)
-            if weights != "train" and settings.schedule is None and _fresh_head(model, settings, len(self.classes)):
+            fitting = weights == "train"
+            if weights == "hub":
+                fitting = model.pretrained_cfg.get("num_classes") == len(self.classes)  # type: ignore[union-attr, operator]
+            elif not fitting:
+                fitting = load_weights(model, weights, self.watch.say)
+            if not fitting and settings.schedule is None:
                 raise ConfigError(
                     f"{name}: these weights were made for other classes than the {len(self.classes)} of the data: "
                     f"give {name}.schedule to fine-tune them"
@@ -413,11 +419,3 @@ def _measured(preprocessing: Preprocessing, recipe: Recipe, sample: Tensor) -> P
     if recipe.input.std is None:
         update["std"] = std
     return preprocessing.model_copy(update=update)
-
-
-def _fresh_head(model: nn.Module, settings: Model, classes: int) -> bool:
-    """Whether the weights of a pretrained model end before its last layer."""
-    if settings.weights == "hub":
-        return int(model.pretrained_cfg.get("num_classes", classes)) != classes  # type: ignore[union-attr, operator]
-    state = read_state(settings.weights)
-    return classes not in {len(tensor) for tensor in list(state.values())[-2:] if tensor.ndim}

