@@ -23,6 +23,8 @@ from .graph import IMAGE, OUTPUTS
 from .onnx import FEATURES, masks_of
 from .pack import session
 
+BATCH = 8
+"""Pictures that torch is asked about at once."""
 Limits = dict[str, float]
 REFERENCE_LIMITS: Limits = {name: 1e-5 if name == "probabilities" else 1e-4 for name in OUTPUTS}
 """Float32 passes of the heads against float64 ones on the same features: rounding, more of it with larger logits."""
@@ -97,8 +99,8 @@ def in_torch(
     temperature: ArrayLike,
 ) -> HeadStatistics:
     """The same answers from torch: training's normalisation, the module's own features, training's passes."""
-    batches = (torch.from_numpy(image).permute(2, 0, 1)[None] for image in images)
-    return predict(classifier, batches, preprocessing, dropout, temperature)[0]
+    pictures = torch.from_numpy(images).permute(0, 3, 1, 2)
+    return predict(classifier, iter(pictures.split(BATCH)), preprocessing, dropout, temperature)[0]
 
 
 def differences(
