@@ -27,7 +27,7 @@ def dropout_masks(passes: int, units: int, keep: float, seed: int) -> NDArray[np
     fraction = max(keep * passes - whole, 0.0)
     up = words[passes] < np.uint32(round(fraction * 2**32))
     rank = np.argsort(np.argsort(words[:passes], axis=0, kind="stable"), axis=0, kind="stable")
-    return (rank < whole + up.astype(np.int64)).astype(np.uint8)
+    return np.asarray(rank < whole + up.astype(np.int64), np.uint8)
 
 
 def uniform_words(passes: int, units: int, seed: int) -> NDArray[np.uint32]:

@@ -60,7 +60,7 @@ def mc_heads_ref(
     check_shapes(h.shape, w.shape, b.shape, tau.shape, m.shape, keep)
     if h.ndim == 2:
         h = np.broadcast_to(h[:, None, :], (h.shape[0], w.shape[0], h.shape[1]))
-    finite = np.isfinite(h).all(axis=(1, 2))
+    finite: NDArray[np.bool_] = np.asarray(np.isfinite(h).all(axis=(1, 2)))
     h = np.where(finite[:, None, None], h, 0.0)
 
     # [B, K, T, C]

@@ -20,8 +20,7 @@ struct Hybrid {
     const int64_t row_bytes = model.block * (kBfloat16 ? 2 : 4), block_bytes = model.units * row_bytes;
     const char* weights = model.weights.data() + index * block_bytes;
     const int64_t feature_head = slab.feature_heads > 1 ? head : 0;
-    const float* features = slab.sorted + (feature_head * slab.pictures + picture) * model.units;
-    const bool prefetch = slab.prefetch && picture == 0 && index + 1 < model.heads * model.blocks;
+    const float* features = slab.packed + (feature_head * slab.pictures + picture) * model.units;
     float* mean = slab.moments + (picture * model.heads + head) * 2 * model.padded + first_class;
     float* variance = mean + model.padded;
     const V scale(model.scale[head]), scale2(model.scale[head] * model.scale[head]);
@@ -31,7 +30,7 @@ struct Hybrid {
       for (int j = 0; j < 2 * kPairs; ++j) m[j] = v[j] = V(0.f);
       for (int64_t i = 0; i < model.units; ++i) {
         const char* row = weights + i * row_bytes;
-        if (prefetch) __builtin_prefetch(row + block_bytes + word * 4, 0, 2);
+        if (word == 0 && picture == 0) prefetch_row(row, row_bytes);
         const V h(features[i]), kept(model.kept[i]);
         const V first = h * kept, second = first * h * (V(1.f) - kept);
         for (int j = 0; j < kPairs; ++j) {

@@ -64,38 +64,45 @@ TRIVIUM_INLINE Pair<V> load_pair(const char* row, int64_t word) {
 
 TRIVIUM_INLINE int64_t column_of_word(int64_t word) { return word / 16 * 32 + word % 16; }
 
+// Ask the second-level cache for the row that a sweep reaches some rows later, beyond where the hardware looks ahead:
+// it stops at every page of 4096 bytes. Past the weights' end this is harmless.
+TRIVIUM_INLINE void prefetch_row(const char* row, int64_t row_bytes) {
+  constexpr int64_t kDistance = 16384;
+  for (int64_t byte = 0; byte < row_bytes; byte += 64) __builtin_prefetch(row + kDistance + byte, 0, 2);
+}
+
 template <class V>
 struct Kernels {
   static constexpr int kWidth = V::kWidth;
-  // Accumulators that fit the registers, in pairs of vectors, for 1, 2 and 4 pictures at once.
-  static constexpr int pairs_at_once(int pictures) {
+  // Groups that one sweep serves: their sums share the first-level cache.
+  static constexpr int kSweepGroups = 3;
+  // Pairs of accumulators that fit the registers for 1, 2 or 4 pictures at once and divide a block of words.
+  static constexpr int pairs_at_once(int pictures, int block) {
     const int all = V::kPairs / pictures < 1 ? 1 : V::kPairs / pictures;
-    return all * kWidth > kMaxBlock / 2 ? kMaxBlock / 2 / kWidth : all;
+    return all * kWidth > block / 2 ? block / 2 / kWidth : all;
   }
 
-  // sums [pictures][2^k][block] of weight times feature over the features of each pattern.
-  template <bool kBfloat16, int kPictures, int kPairs>
-  static void sum_patterns(const Slab& slab, const Group& group, const char* weights, const float* features,
-                           int first_pattern, float* sums, const char* ahead, int64_t ahead_lines) {
-    const int64_t block = slab.model->block, units = slab.model->units;
-    const int64_t row_bytes = block * (kBfloat16 ? 2 : 4);
+  // Several pictures, one group: sums [pictures][2^k][block] of weight times feature over the rows of each pattern.
+  template <bool kBfloat16, int kBlock, int kPictures>
+  static void sum_group(const Model& model, const Group& group, const char* weights, const float* features,
+                        int first_pattern, float* sums) {
+    constexpr int kPairs = pairs_at_once(kPictures, kBlock);
+    constexpr int64_t block = kBlock, row_bytes = block * (kBfloat16 ? 2 : 4);
+    const int64_t units = model.units;
     const int patterns = 1 << group.passes;
     const int32_t* rows = group.rows.data();
     const int32_t* offsets = group.offsets.data();
-    for (int64_t word = 0; word < block / 2; word += kPairs * kWidth) {
-      if (word > 0) ahead_lines = 0;
+    for (int64_t word = 0; word < block / 2; word += kPairs * kWidth)
       for (int pattern = first_pattern; pattern < patterns; ++pattern) {
         V low[kPictures][kPairs], high[kPictures][kPairs];
         for (int x = 0; x < kPictures; ++x)
           for (int j = 0; j < kPairs; ++j) low[x][j] = high[x][j] = V(0.f);
         for (int32_t i = offsets[pattern]; i < offsets[pattern + 1]; ++i) {
-          for (int64_t line = 0; line < ahead_lines; ++line)
-            __builtin_prefetch(ahead + (i * ahead_lines + line) * 64, 0, 2);
           const char* row = weights + rows[i] * row_bytes;
           Pair<V> w[kPairs];
           for (int j = 0; j < kPairs; ++j) w[j] = load_pair<V, kBfloat16>(row, word + j * kWidth);
           for (int x = 0; x < kPictures; ++x) {
-            const V h(features[x * units + i]);
+            const V h(features[x * units + rows[i]]);
             for (int j = 0; j < kPairs; ++j) {
               low[x][j] = V::fma(h, w[j].low, low[x][j]);
               high[x][j] = V::fma(h, w[j].high, high[x][j]);
@@ -109,7 +116,53 @@ struct Kernels {
             high[x][j].store(sum + 16);
           }
       }
-    }
+  }
+
+  // One picture, several groups in one sweep through a block, so that it is read from memory straight through and
+  // once. The first group's sums pass through registers where `kSorted`, those of kTables further groups are tables in
+  // the first-level cache. Every sum meets its rows in the order that sum_group takes, hence the same bits.
+  template <bool kBfloat16, int kBlock, bool kSorted, int kTables>
+  static void sweep(const Model& model, const Group* const* groups, const char* weights, const float* features,
+                    float* const* sums) {
+    constexpr int kPairs = pairs_at_once(1, kBlock);
+    constexpr int64_t block = kBlock, row_bytes = block * (kBfloat16 ? 2 : 4);
+    const Group* const* tables = groups + kSorted;
+    float* const* table_sums = sums + kSorted;
+    for (int g = 0; g < kTables; ++g)
+      for (int64_t c = 0; c < block << tables[g]->passes; c += kWidth) V(0.f).store(table_sums[g] + c);
+    const int patterns = kSorted ? 1 << groups[0]->passes : 1;
+    for (int64_t word = 0; word < block / 2; word += kPairs * kWidth)
+      for (int pattern = 0; pattern < patterns; ++pattern) {
+        const int64_t first = kSorted ? groups[0]->offsets[pattern] : 0;
+        const int64_t last = kSorted ? groups[0]->offsets[pattern + 1] : model.units;
+        V low[kPairs], high[kPairs];
+        for (int j = 0; j < kPairs; ++j) low[j] = high[j] = V(0.f);
+        for (int64_t i = first; i < last; ++i) {
+          const char* row = weights + i * row_bytes;
+          if (word == 0) prefetch_row(row, row_bytes);
+          const V h(features[i]);
+          float* table[kTables + 1];
+          for (int g = 0; g < kTables; ++g) table[g] = table_sums[g] + tables[g]->sums[i];
+          for (int j = 0; j < kPairs; ++j) {
+            const Pair<V> w = load_pair<V, kBfloat16>(row, word + j * kWidth);
+            const int64_t c = column_of_word(word + j * kWidth);
+            if (kSorted) {
+              low[j] = V::fma(h, w.low, low[j]);
+              high[j] = V::fma(h, w.high, high[j]);
+            }
+            for (int g = 0; g < kTables; ++g) {
+              V::fma(h, w.low, V::load(table[g] + c)).store(table[g] + c);
+              V::fma(h, w.high, V::load(table[g] + c + 16)).store(table[g] + c + 16);
+            }
+          }
+        }
+        if (kSorted)
+          for (int j = 0; j < kPairs; ++j) {
+            float* sum = sums[0] + pattern * block + column_of_word(word + j * kWidth);
+            low[j].store(sum);
+            high[j].store(sum + 16);
+          }
+      }
   }
 
   // Fold the sums of one picture into the logits of the group's passes: pass t is the sum over all patterns with bit
@@ -144,40 +197,66 @@ struct Kernels {
     }
   }
 
-  template <bool kBfloat16, int kPictures>
-  static void block_logits(const Slab& slab, int64_t index, int first_picture) {
+  static void fold_picture(const Slab& slab, int64_t index, int picture, int64_t g, float* sums, float* total) {
     const Model& model = *slab.model;
     const int64_t head = index / model.blocks, first_class = index % model.blocks * model.block;
-    const int64_t block_bytes = model.units * model.block * (kBfloat16 ? 2 : 4);
-    const char* weights = model.weights.data() + index * block_bytes;
-    const int64_t group_count = model.group_count;
-    const bool prefetch = slab.prefetch && first_picture == 0 && index + 1 < model.heads * model.blocks;
-    const int64_t lines = block_bytes / model.units / 64, ahead_lines = (lines + group_count - 1) / group_count;
-    const int64_t feature_head = slab.feature_heads > 1 ? head : 0;
+    const int64_t row = picture * slab.head_count + head - slab.first_head;
+    fold(model, *model.groups[g], g == 0, sums, total, model.bias.data() + head * model.padded + first_class,
+         model.scale[head], slab.logits + row * model.passes * slab.row_stride() + first_class, slab.row_stride());
+  }
+
+  static const float* packed_features(const Slab& slab, int64_t index, int picture) {
+    const int64_t feature_head = slab.feature_heads > 1 ? index / slab.model->blocks : 0;
+    return slab.packed + (feature_head * slab.pictures + picture) * slab.model->units;
+  }
+
+  template <bool kBfloat16, int kPictures>
+  static void block_logits(const Slab& slab, int64_t index, int picture) {
+    const Model& model = *slab.model;
+    const char* weights = model.weights.data() + index * model.units * model.block * (kBfloat16 ? 2 : 4);
+    const float* features = packed_features(slab, index, picture);
     alignas(kAlignment) float sums[kPictures << kMaxGroupPasses][kMaxBlock];
     alignas(kAlignment) float total[kPictures][kMaxBlock];
-    for (int64_t g = 0; g < group_count; ++g) {
+    for (int64_t g = 0; g < model.group_count; ++g) {
       const Group& group = *model.groups[g];
-      const bool first = g == 0;
-      const float* features =
-          slab.sorted + ((g * slab.feature_heads + feature_head) * slab.pictures + first_picture) * model.units;
-      const char* ahead = weights + block_bytes + g * ahead_lines * model.units * 64;
-      const int64_t share = prefetch && (g + 1) * ahead_lines <= lines ? ahead_lines : 0;
-      const int first_pattern = first && model.antithetic ? 0 : 1;
-      constexpr int kPairs = pairs_at_once(kPictures);
-      constexpr int kNarrow = kPairs * kWidth > 16 ? 16 / kWidth : kPairs;
-      if (model.block / 2 % (kPairs * kWidth) == 0)
-        sum_patterns<kBfloat16, kPictures, kPairs>(slab, group, weights, features, first_pattern, sums[0], ahead,
-                                                   share);
+      const int first_pattern = g == 0 && model.antithetic ? 0 : 1;
+      if (model.block == kMaxBlock)
+        sum_group<kBfloat16, kMaxBlock, kPictures>(model, group, weights, features, first_pattern, sums[0]);
       else
-        sum_patterns<kBfloat16, kPictures, kNarrow>(slab, group, weights, features, first_pattern, sums[0], ahead,
-                                                    share);
-      for (int x = 0; x < kPictures; ++x) {
-        const int64_t row = (first_picture + x) * slab.head_count + head - slab.first_head;
-        fold(model, group, first, sums[0] + (x << group.passes) * model.block, total[x],
-             model.bias.data() + head * model.padded + first_class, model.scale[head],
-             slab.logits + row * model.passes * slab.row_stride() + first_class, slab.row_stride());
-      }
+        sum_group<kBfloat16, kMinBlock, kPictures>(model, group, weights, features, first_pattern, sums[0]);
+      for (int x = 0; x < kPictures; ++x)
+        fold_picture(slab, index, picture + x, g, sums[0] + (x << group.passes) * model.block, total[x]);
+    }
+  }
+
+  template <bool kBfloat16, bool kSorted, int kTables>
+  static void sweep_block(const Model& model, const Group* const* groups, const char* weights, const float* features,
+                          float* const* sums) {
+    if (model.block == kMaxBlock)
+      sweep<kBfloat16, kMaxBlock, kSorted, kTables>(model, groups, weights, features, sums);
+    else
+      sweep<kBfloat16, kMinBlock, kSorted, kTables>(model, groups, weights, features, sums);
+  }
+
+  template <bool kBfloat16>
+  static void block_logits_of_one(const Slab& slab, int64_t index, int picture) {
+    const Model& model = *slab.model;
+    const char* weights = model.weights.data() + index * model.units * model.block * (kBfloat16 ? 2 : 4);
+    const float* features = packed_features(slab, index, picture);
+    alignas(kAlignment) float storage[kSweepGroups][kMaxBlock << kMaxGroupPasses];
+    alignas(kAlignment) float total[kMaxBlock];
+    float* sums[kSweepGroups];
+    for (int g = 0; g < kSweepGroups; ++g) sums[g] = storage[g];
+    for (int64_t g = 0; g < model.group_count; g += kSweepGroups) {
+      const Group* const* groups = model.groups.data() + g;
+      const int64_t left = model.group_count - g, count = left < kSweepGroups ? left : kSweepGroups;
+      if (g == 0 && count == 1) sweep_block<kBfloat16, true, 0>(model, groups, weights, features, sums);
+      if (g == 0 && count == 2) sweep_block<kBfloat16, true, 1>(model, groups, weights, features, sums);
+      if (g == 0 && count == 3) sweep_block<kBfloat16, true, 2>(model, groups, weights, features, sums);
+      if (g > 0 && count == 1) sweep_block<kBfloat16, false, 1>(model, groups, weights, features, sums);
+      if (g > 0 && count == 2) sweep_block<kBfloat16, false, 2>(model, groups, weights, features, sums);
+      if (g > 0 && count == 3) sweep_block<kBfloat16, false, 3>(model, groups, weights, features, sums);
+      for (int64_t i = 0; i < count; ++i) fold_picture(slab, index, picture, g + i, sums[i], total);
     }
   }
 
@@ -186,7 +265,7 @@ struct Kernels {
     int picture = 0;
     for (; slab.pictures - picture >= 4; picture += 4) block_logits<kBfloat16, 4>(slab, index, picture);
     for (; slab.pictures - picture >= 2; picture += 2) block_logits<kBfloat16, 2>(slab, index, picture);
-    if (picture < slab.pictures) block_logits<kBfloat16, 1>(slab, index, picture);
+    if (picture < slab.pictures) block_logits_of_one<kBfloat16>(slab, index, picture);
   }
 
   static void logits(const Slab& slab, int64_t index) {

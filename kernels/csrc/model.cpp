@@ -62,19 +62,19 @@ int pattern_of(const uint8_t* masks, const Group& group, int64_t units, int64_t 
   return pattern;
 }
 
-// Counting sort of the units by pattern, stable.
-bool sort_units(const uint8_t* masks, int64_t units, Group& group) {
+// Counting sort of places by the pattern of the unit at each, stable. `unit_at` may be NULL for the units' own order.
+bool sort_by_pattern(const uint8_t* masks, int64_t units, const int32_t* unit_at, const Group& group,
+                     Array<int32_t>& offsets, Array<int32_t>& sorted) {
   const int patterns = 1 << group.passes;
   Array<int32_t> next;
-  if (!group.offsets.resize(patterns + 1) || !group.units.resize(units) || !group.rows.resize(units) ||
-      !next.resize(patterns))
-    return false;
-  for (int64_t d = 0; d < units; ++d) ++group.offsets[pattern_of(masks, group, units, d) + 1];
+  if (!offsets.resize(patterns + 1) || !sorted.resize(units) || !next.resize(patterns)) return false;
+  const auto pattern_at = [&](int64_t i) { return pattern_of(masks, group, units, unit_at ? unit_at[i] : i); };
+  for (int64_t i = 0; i < units; ++i) ++offsets[pattern_at(i) + 1];
   for (int p = 0; p < patterns; ++p) {
-    group.offsets[p + 1] += group.offsets[p];
-    next[p] = group.offsets[p];
+    offsets[p + 1] += offsets[p];
+    next[p] = offsets[p];
   }
-  for (int64_t d = 0; d < units; ++d) group.units[next[pattern_of(masks, group, units, d)]++] = static_cast<int32_t>(d);
+  for (int64_t i = 0; i < units; ++i) sorted[next[pattern_at(i)]++] = static_cast<int32_t>(i);
   return true;
 }
 
@@ -82,8 +82,6 @@ bool make_groups(const uint8_t* masks, Model& model) {
   const int64_t passes = model.grouped_passes, units = model.units;
   const int64_t count = (passes + kMaxGroupPasses - 1) / kMaxGroupPasses;
   if (!model.groups.resize(count)) return false;
-  Array<int32_t> row_of_unit;
-  if (!row_of_unit.resize(units)) return false;
   int64_t first = 0;
   for (int64_t g = 0; g < count; ++g) {
     Group* group = new (std::nothrow) Group;
@@ -93,10 +91,12 @@ bool make_groups(const uint8_t* masks, Model& model) {
     group->first_pass = first;
     group->passes = static_cast<int>((passes - first + count - g - 1) / (count - g));
     first += group->passes;
-    if (!sort_units(masks, units, *group)) return false;
-    if (g == 0)
-      for (int64_t i = 0; i < units; ++i) row_of_unit[group->units[i]] = static_cast<int32_t>(i);
-    for (int64_t i = 0; i < units; ++i) group->rows[i] = row_of_unit[group->units[i]];
+    if (g == 0 && !sort_by_pattern(masks, units, nullptr, *group, group->offsets, model.units_of_rows)) return false;
+    const int32_t* unit_of_row = model.units_of_rows.data();
+    if (!sort_by_pattern(masks, units, unit_of_row, *group, group->offsets, group->rows)) return false;
+    if (!group->sums.resize(units)) return false;
+    for (int64_t i = 0; i < units; ++i)
+      group->sums[i] = static_cast<int32_t>(pattern_of(masks, *group, units, unit_of_row[i]) * model.block);
   }
   return true;
 }
@@ -104,7 +104,7 @@ bool make_groups(const uint8_t* masks, Model& model) {
 bool pack_weights(const float* weights, Model& model) {
   const int64_t element = model.bfloat16 ? 2 : 4, row_bytes = model.block * element;
   if (!model.weights.resize(model.heads * model.blocks * model.units * row_bytes)) return false;
-  const int32_t* order = model.groups[0]->units.data();
+  const int32_t* order = model.units_of_rows.data();
   char* out = model.weights.data();
   for (int64_t k = 0; k < model.heads; ++k)
     for (int64_t b = 0; b < model.blocks; ++b) {
@@ -131,7 +131,7 @@ bool pack_hybrid(const float* weights, const uint8_t* masks, Model& model) {
       model.pass_masks[t * model.padded_units + d] = masks[t * model.units + d];
   for (int64_t i = 0; i < model.units; ++i) {
     int64_t kept = 0;
-    for (int64_t t = 0; t < model.passes; ++t) kept += masks[t * model.units + model.groups[0]->units[i]];
+    for (int64_t t = 0; t < model.passes; ++t) kept += masks[t * model.units + model.units_of_rows[i]];
     model.kept[i] = static_cast<float>(kept) / static_cast<float>(model.passes);
   }
   return true;
@@ -181,7 +181,7 @@ int pack(const Source& s, Model& model) {
   model.classes = s.classes;
   model.units = s.units;
   model.passes = s.passes;
-  model.block = s.classes <= 32 ? 32 : kMaxBlock;
+  model.block = s.classes <= kMinBlock ? kMinBlock : kMaxBlock;
   model.blocks = (s.classes + model.block - 1) / model.block;
   model.padded = model.blocks * model.block;
   model.antithetic = is_antithetic(s.masks, s.passes, s.units);

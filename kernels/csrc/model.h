@@ -13,7 +13,7 @@ namespace trivium {
 constexpr int kMaxPicturesAtOnce = 4;
 // Passes whose masks are looked at together: a feature enters one of 2^k sums by its pattern over k passes.
 constexpr int kMaxGroupPasses = 6;
-constexpr int kMaxBlock = 64;
+constexpr int kMinBlock = 32, kMaxBlock = 64;
 constexpr size_t kAlignment = 64;
 // Floats between logit rows beyond their length: rows at multiples of 4096 bytes would share one cache set.
 constexpr int64_t kRowPadding = 16;
@@ -38,19 +38,20 @@ class Array {
   T* items_ = nullptr;
 };
 
-// Consecutive passes and the features sorted by their mask pattern over them.
+// Consecutive passes and the packed rows sorted by their units' mask pattern over them; rows of one pattern keep their
+// order. Rows themselves are in the order of the first group.
 struct Group {
   int64_t first_pass = 0;
   int passes = 0;
-  Array<int32_t> offsets;  // [2^passes + 1], where a pattern's features begin
-  Array<int32_t> units;    // [D], the unit whose feature stands at each place
-  Array<int32_t> rows;     // [D], its row in a packed block
+  Array<int32_t> offsets;  // [2^passes + 1], where a pattern's rows begin
+  Array<int32_t> rows;     // [D]
+  Array<int32_t> sums;     // [D], by row: where the row's sum begins, pattern * block
 };
 
 struct CpuKernels;
 
-// Weights lie in blocks of `block` classes, a row of them per unit, rows in the order of the first group, so that the
-// first sweep over a block reads memory straight through. Word i of a 32-class line holds classes i and i + 16.
+// Weights lie in blocks of `block` classes, a row of them per unit, rows sorted by the first group's patterns. Word i
+// of a 32-class line of bfloat16 holds classes i and i + 16.
 struct Model {
   const CpuKernels* kernels = nullptr;
   int64_t heads = 0, classes = 0, units = 0, passes = 0;
@@ -63,6 +64,7 @@ struct Model {
   bool hybrid = false;
   int64_t group_count = 0;
   Array<Group*> groups;
+  Array<int32_t> units_of_rows;  // [D]
   Array<char> weights;  // [K * blocks][D][block]
   Array<float> bias;    // [K][padded], over temperature; far below every logit where there is no class
   Array<float> scale;   // [K], 1 / (keep * temperature)
@@ -71,7 +73,7 @@ struct Model {
   int64_t padded_units = 0;   // units rounded up to whole lines of 32
   Array<char> class_rows;     // [K * C][padded_units], in the lines of a packed row
   Array<float> pass_masks;    // [grouped_passes][padded_units]
-  Array<float> kept;          // [D] in the order of the first group, the mean of the unit's masks
+  Array<float> kept;          // [D] by packed row, the mean of the unit's masks
 
   ~Model();
 };
@@ -83,7 +85,7 @@ struct Slab {
   int64_t feature_heads;
   int pictures;
   int64_t first_head, head_count;  // whose logits are held
-  float* sorted;       // [groups][pictures][feature_heads][D]
+  float* packed;       // [feature_heads][pictures][D], features in the order of packed rows
   float* logits;       // [pictures][head_count][T][padded + kRowPadding]
   float* mean;         // [pictures][K][padded]
   float* log_mean;     // [pictures][K][padded]
@@ -91,7 +93,6 @@ struct Slab {
   float* masked;       // hybrid: [pictures][feature_heads][grouped_passes + 1][padded_units], at last h itself
   bool* poisoned;      // [pictures][K]
   bool* heavy_tail;    // [pictures][K]
-  bool prefetch;       // the next block is this thread's as well
   float* probabilities;  // outputs, first picture's
   float* predictive_entropy;
   float* mutual_information;

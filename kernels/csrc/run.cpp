@@ -20,7 +20,7 @@ int64_t padded_floats(int64_t floats) { return (floats + 15) / 16 * 16; }
 struct Layout {
   int pictures;
   int64_t head_count;
-  int64_t sorted, logits, mean, moments, masked, flags, total;  // offsets in floats
+  int64_t packed, logits, mean, moments, masked, flags, total;  // offsets in floats
 };
 
 Layout lay_out(const Model& m, int64_t feature_heads, int64_t batch, int64_t threads) {
@@ -38,7 +38,7 @@ Layout lay_out(const Model& m, int64_t feature_heads, int64_t batch, int64_t thr
     at += padded_floats(floats);
     return offset;
   };
-  l.sorted = take(m.group_count * feature_heads * l.pictures * m.units);
+  l.packed = take(feature_heads * l.pictures * m.units);
   // In hybrid mode the likeliest logits, one row per pass and one more, take the place of all.
   l.logits = take(l.pictures * row);
   l.mean = take(2 * l.pictures * m.heads * m.padded);
@@ -59,7 +59,7 @@ bool is_finite(const float* values, int64_t count) {
   return found == 0;
 }
 
-// Features in each group's order; a picture with one that is not finite is poisoned and goes on with zeros.
+// Features in the order of packed rows; a picture with one that is not finite is poisoned and goes on with zeros.
 void prepare(const Slab& s) {
   const Model& m = *s.model;
   const int64_t picture_features = s.feature_heads * m.units;
@@ -70,12 +70,11 @@ void prepare(const Slab& s) {
       s.poisoned[x * m.heads + k] = !finite;
       s.heavy_tail[x * m.heads + k] = false;
     }
-    for (int64_t g = 0; g < m.group_count; ++g)
-      for (int64_t f = 0; f < s.feature_heads; ++f) {
-        float* out = s.sorted + ((g * s.feature_heads + f) * s.pictures + x) * m.units;
-        const int32_t* units = m.groups[g]->units.data();
-        for (int64_t i = 0; i < m.units; ++i) out[i] = finite ? features[f * m.units + units[i]] : 0.f;
-      }
+    const int32_t* units = m.units_of_rows.data();
+    for (int64_t f = 0; f < s.feature_heads; ++f) {
+      float* out = s.packed + (f * s.pictures + x) * m.units;
+      for (int64_t i = 0; i < m.units; ++i) out[i] = finite ? features[f * m.units + units[i]] : 0.f;
+    }
   }
 }
 
@@ -151,7 +150,7 @@ void run_hybrid(Slab& slab, const Parallel& parallel) {
   for (int x = 0; x < slab.pictures; ++x) {
     bool* heavy = slab.heavy_tail + x * m.heads;
     if (any(slab.poisoned + x * m.heads, m.heads) || !any(heavy, m.heads)) continue;
-    // Exactly after all, alone in a slab whose features are sorted anew.
+    // Exactly after all, alone in a slab whose features are packed anew.
     Slab one = slab;
     one.pictures = 1;
     one.features += x * slab.feature_heads * m.units;
@@ -187,7 +186,7 @@ void run(const Model& m, const float* features, int64_t feature_heads, int64_t b
     s.feature_heads = feature_heads;
     s.pictures = static_cast<int>(batch - first < l.pictures ? batch - first : l.pictures);
     s.head_count = l.head_count;
-    s.sorted = base + l.sorted;
+    s.packed = base + l.packed;
     s.logits = base + l.logits;
     s.mean = base + l.mean;
     s.log_mean = s.mean + s.pictures * m.heads * m.padded;
@@ -195,7 +194,6 @@ void run(const Model& m, const float* features, int64_t feature_heads, int64_t b
     s.masked = base + l.masked;
     s.poisoned = reinterpret_cast<bool*>(base + l.flags);
     s.heavy_tail = s.poisoned + s.pictures * m.heads;
-    s.prefetch = parallel.threads == 1;
     s.probabilities = out.probabilities + first * m.heads * m.classes;
     s.predictive_entropy = out.predictive_entropy + first * m.heads;
     s.mutual_information = out.mutual_information + first * m.heads;
