@@ -82,7 +82,7 @@ def severity_lines(lines: Mapping[Series, Sequence[float]], label: str) -> Marku
 
 def reliability_plot(series: Series, found: Diagrams) -> Markup:
     """Accuracy against confidence, clean filled and corrupted hollow; marks grow with the share of answers."""
-    frame = Frame(220, 210, left=32, bottom=32)
+    frame = Frame(220, 210, left=32, right=13, bottom=32)
     ticks = {v / 4: f"{25 * v}" for v in range(5)}
     x0, y0 = frame.at(0, 0)
     x1, y1 = frame.at(1, 1)

@@ -71,11 +71,11 @@ def evaluate(
     chosen = choose_pictures(pictures, count, seed)
     if len(chosen) == 0:
         raise ConfigError("there are no test pictures")
-    tally = ask(subject, pictures, chosen, original=original, seed=seed, progress=progress)
     seen = subject.manifest.calibration.mixture if subject.manifest.calibration else {}
     excluded = [name for name in TEST_CORRUPTIONS if name in seen or name in left_out]
     if len(excluded) == len(TEST_CORRUPTIONS):
         raise ConfigError("every corruption is left out, so nothing counts")
+    tally = ask(subject, pictures, chosen, original=original, seed=seed, progress=progress)
     manifest = subject.manifest
     document = pictures.describe()
     names = [name for name in tally.class_id if name != ORIGINAL or ORIGINAL in manifest.heads]
@@ -152,10 +152,10 @@ def answerer(tally: Tally, manifest: Manifest, name: str, best: str, excluded: S
     """One answerer's measures."""
     shifted = counted(tally, excluded)
     right, confidence = tally.right(name), tally.confidence[name]
-    if name in manifest.heads:
-        role = "head"
+    if name == ORIGINAL:
+        role = "original"
     else:
-        role = "original" if name == ORIGINAL else "rule"
+        role = "head" if name in manifest.heads else "rule"
     negative = positive = over_original = None
     if ORIGINAL in tally.class_id:
         was = tally.right(ORIGINAL)

@@ -147,12 +147,22 @@ def show(results: Results, console: Console) -> None:
         console.print(f"left out of all figures, since seen before: {', '.join(results.left_out)}")
     console.print(headline(results))
     default = results.default
-    if default.over_original is not None:
+    if default.over_original is not None and default.role != "original":
         over = default.over_original
         console.print(
             f"{default.name} (default router) against the original: clean {points(over.clean)}, "
             f"corrupted {points(over.corrupted)}"
         )
+    if len(model.heads) > 1:
+        show_bounds(results, console)
+    ranked = sorted(results.detection, key=lambda each: -(each.shift or 0))[:3]
+    found = ", ".join(f"{each.score} {each.shift:.3f}" for each in ranked if each.shift is not None)
+    console.print(f"shift detection (AUROC), best three: {found}")
+    console.print(f"{results.cpu_seconds:.0f} CPU-s, {results.wall_seconds:.0f} s")
+
+
+def show_bounds(results: Results, console: Console) -> None:
+    """Print what routing could gain, and what of it each rule does."""
     bounds = results.bounds
     console.print(
         f"best single head: {bounds.best_head} ({pair(bounds.best_head_accuracy)}); oracle over heads "
@@ -161,10 +171,6 @@ def show(results: Results, console: Console) -> None:
     for rule, share in bounds.captured.items():
         if share is not None:
             console.print(f"  {rule} captures {100 * share:+.0f} % of the gap from best head to oracle")
-    ranked = sorted(results.detection, key=lambda each: -(each.shift or 0))[:3]
-    found = ", ".join(f"{each.score} {each.shift:.3f}" for each in ranked if each.shift is not None)
-    console.print(f"shift detection (AUROC), best three: {found}")
-    console.print(f"{results.cpu_seconds:.0f} CPU-s, {results.wall_seconds:.0f} s")
 
 
 def headline(results: Results) -> Table:

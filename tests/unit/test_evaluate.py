@@ -1,0 +1,307 @@
+"""Evaluation: measures against plain recomputation, and the command over a real bundle and real picture files."""
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from trivium.runtime.bundle import open_bundle
+from trivium.runtime.engine import Engine
+from trivium.runtime.errors import BundleError, ConfigError
+from trivium.runtime.router import route
+from trivium.train import evaluate, evaluate_cli
+from trivium.train.checkpoint import CheckpointError
+from trivium.train.corruptions import TEST_CORRUPTIONS, corrupt
+from trivium.train.data import DataSpec, load_pictures
+from trivium.train.results import Results, read_results
+from trivium.train.subject import BundleSubject, open_subject
+from trivium.train.summary import DEFAULT, summarise
+from trivium.train.tally import Tally, choose_pictures, labels_for, variants
+
+CLASSES = [f"class {i}" for i in range(10)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, some_pictures: np.ndarray) -> Path:
+    """An ImageFolder whose labels are what the tiny bundle's combined head answers, save every third."""
+    root = tmp_path_factory.mktemp("data")
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 1), ("val", 1), ("test", 3)):
+        for name in CLASSES:
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                picture = some_pictures[generator.integers(12)].copy()
+                picture[generator.integers(32) :, generator.integers(32) :] //= 2
+                Image.fromarray(picture).save(root / split / name / f"{i}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def out(folder: Path, tiny_bundle: Path, single_head_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("evaluation")
+    command(tiny_bundle, "--data", folder, "--original", single_head_bundle, "--pictures", 20, "--out", target)
+    return target
+
+
+@pytest.fixture(scope="module")
+def results(out: Path) -> Results:
+    return read_results(out / "results.json")
+
+
+def command(*arguments: object) -> None:
+    before = sys.argv
+    sys.argv = ["trivium evaluate", *map(str, arguments)]
+    try:
+        evaluate_cli.main()
+    finally:
+        sys.argv = before
+
+
+def toy(right: dict[str, list[list[bool]]]) -> Tally:
+    """A tally of two pictures, clean and under one corruption, that a test fills: answerer -> [V][N] right."""
+    tally = Tally([("clean", 0), *((TEST_CORRUPTIONS[0], s) for s in range(1, 6))], np.array([0, 0]))
+    for name, rows in right.items():
+        tally.class_id[name] = np.where(rows, 0, 1).astype(np.int32)
+        tally.confidence[name] = np.full((6, 2), 0.9, np.float32)
+    return tally
+
+
+def test_views_are_15_corruptions_of_5_severities_and_clean() -> None:
+    assert len(variants()) == 76
+    assert variants()[0] == ("clean", 0)
+
+
+def test_accuracy_agrees_with_a_plain_loop(results: Results, folder: Path, tiny_bundle: Path) -> None:
+    bundle = open_bundle(tiny_bundle)
+    pictures = load_pictures(DataSpec(kind="imagefolder", root=folder), "test", bundle.manifest.preprocessing)
+    chosen = choose_pictures(pictures, 20, 0)
+    images = pictures.batch(chosen).permute(0, 2, 3, 1).contiguous().numpy()
+    engine = Engine(bundle)
+    for kind, severity in (("clean", 0), ("fog", 2), ("pixelate", 5)):
+        view = images if severity == 0 else corrupt(images, kind, severity, 0)
+        statistics = engine.run(view)
+        for name in ("clean", "combined", "mean", "paper", "blend"):
+            expected = (route(statistics, bundle.manifest, name).class_id == pictures.labels[chosen]).mean()
+            if severity == 0:
+                assert results.answerer(name).accuracy.clean == pytest.approx(expected, abs=1e-6)
+            else:
+                assert results.corruptions[kind].accuracy[name][severity - 1] == pytest.approx(expected, abs=1e-6)
+
+
+def test_headline_is_the_mean_over_corruptions(results: Results) -> None:
+    for each in results.answerers:
+        cells = [found.accuracy[each.name] for found in results.corruptions.values()]
+        assert each.accuracy.corrupted == pytest.approx(np.mean(cells), abs=1e-5)
+
+
+def test_flips_explain_the_difference_to_the_original(results: Results) -> None:
+    original = results.answerer("original")
+    for each in results.answerers:
+        assert each.negative_flips is not None
+        assert each.positive_flips is not None
+        assert each.over_original is not None
+        for domain in ("clean", "corrupted"):
+            gain = getattr(each.accuracy, domain) - getattr(original.accuracy, domain)
+            flips = getattr(each.positive_flips, domain) - getattr(each.negative_flips, domain)
+            assert gain == pytest.approx(flips, abs=1e-5)
+            assert getattr(each.over_original, domain).mean == pytest.approx(gain, abs=1e-5)
+
+
+def test_bounds_hold(results: Results) -> None:
+    bounds, heads = results.bounds, results.model.heads
+    for domain in ("clean", "corrupted"):
+        best = max(getattr(results.answerer(head).accuracy, domain) for head in heads)
+        assert getattr(bounds.oracle, domain) >= getattr(bounds.domain_oracle, domain) - 1e-6
+        assert getattr(bounds.domain_oracle, domain) >= best - 1e-6
+    zero = results.answerer(bounds.best_head).over_best_head
+    assert (zero.clean.mean, zero.corrupted.low, zero.corrupted.high) == (0, 0, 0)
+
+
+def test_shares_histograms_and_diagrams_are_whole(results: Results) -> None:
+    for rule in results.head_share.values():
+        for shares in rule.values():
+            assert sum(shares.values()) == pytest.approx(1, abs=1e-4)
+    for found in results.entropy.values():
+        assert sum(found.clean) == pytest.approx(1, abs=1e-4)
+        assert sum(found.corrupted) == pytest.approx(1, abs=1e-4)
+    for diagrams in results.reliability.values():
+        assert sum(diagrams.clean.counts) == 20
+        assert sum(diagrams.corrupted.counts) == 20 * 75
+
+
+def test_measures_by_hand() -> None:
+    # picture 0 is always right under "a"; "b" is right on picture 1 alone, from severity 3 on
+    tally = toy({
+        "a": [[True, False]] * 6,
+        "b": [[False, False]] * 3 + [[False, True]] * 3,
+        "original": [[True, True]] + [[False, True]] * 5,
+    })  # fmt: skip
+    kinds = [name for name in TEST_CORRUPTIONS if name != TEST_CORRUPTIONS[0]]
+    assert evaluate.two(tally, tally.right("a"), kinds).model_dump() == {"clean": 0.5, "corrupted": 0.5}
+    assert evaluate.two(tally, tally.right("b"), kinds).corrupted == pytest.approx(3 / 10)
+    oracle = evaluate.any_right(tally, ["a", "b"])
+    assert evaluate.by_severity(tally, oracle, TEST_CORRUPTIONS[0]) == [0.5, 0.5, 1, 1, 1]
+    found = evaluate.bounds(tally, ["a", "b"], ["b"], "a", kinds)
+    assert found.oracle.corrupted == pytest.approx(0.8)
+    assert found.domain_oracle.corrupted == pytest.approx(0.5)
+    # mixes: best (0.5 + 0.5) / 2, oracle (0.5 + 0.8) / 2, b (0 + 0.3) / 2
+    assert found.captured["b"] == pytest.approx((0.15 - 0.5) / (0.65 - 0.5), abs=1e-4)
+    assert found.captured_domain["b"] is None
+
+
+def test_left_out_corruptions_count_nowhere(tiny_bundle: Path, folder: Path, tmp_path: Path, results: Results) -> None:
+    command(tiny_bundle, "--data", folder, "--pictures", 20, "--leave-out", "fog", "snow", "--out", tmp_path)
+    found = read_results(tmp_path / "results.json")
+    assert found.left_out == ["snow", "fog"]
+    assert not found.corruptions["fog"].counted
+    for each in found.answerers:
+        cells = [c.accuracy[each.name] for kind, c in found.corruptions.items() if kind not in ("fog", "snow")]
+        assert each.accuracy.corrupted == pytest.approx(np.mean(cells), abs=1e-5)
+    # without --original there is nothing to flip, and the record says why
+    assert found.default.negative_flips is None
+    assert "--original" in found.model.original
+    assert found.answerer("combined").accuracy.clean == results.answerer("combined").accuracy.clean
+
+
+def test_the_same_call_gives_the_same_numbers(out: Path, tiny_bundle: Path, folder: Path, single_head_bundle: Path,
+                                              tmp_path: Path) -> None:  # fmt: skip
+    command(tiny_bundle, "--data", folder, "--original", single_head_bundle, "--pictures", 20, "--out", tmp_path)
+    first, second = (json.loads((where / "results.json").read_text()) for where in (out, tmp_path))
+    for each in (first, second):
+        for key in ("cpu_seconds", "wall_seconds", "command"):
+            del each[key]
+    assert first == second
+    assert (out / "results.csv").read_bytes() == (tmp_path / "results.csv").read_bytes()
+
+
+def test_csv_holds_every_accuracy(out: Path, results: Results) -> None:
+    with (out / "results.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(results.answerers) * 76
+    for row in rows:
+        severity = int(row["severity"])
+        expected = results.answerer(row["answerer"]).accuracy.clean
+        if severity:
+            expected = results.corruptions[row["kind"]].accuracy[row["answerer"]][severity - 1]
+        assert float(row["accuracy"]) == expected
+
+
+def test_a_single_head_is_its_own_original(single_head_bundle: Path, folder: Path, tmp_path: Path) -> None:
+    command(single_head_bundle, "--data", folder, "--pictures", 6, "--out", tmp_path)
+    found = read_results(tmp_path / "results.json")
+    assert [each.role for each in found.answerers] == ["original"]
+    assert found.head_share == {}
+    assert "this is the original classifier" in (tmp_path / "report.html").read_text()
+
+
+def test_labels_follow_class_names(folder: Path, tiny_bundle: Path) -> None:
+    preprocessing = open_bundle(tiny_bundle).manifest.preprocessing
+    pictures = load_pictures(DataSpec(kind="imagefolder", root=folder), "test", preprocessing)
+    backwards = labels_for(pictures, CLASSES[::-1])
+    assert (backwards == 9 - pictures.labels).all()
+    with pytest.raises(ConfigError, match="1 classes that the model does not know, say 'class 0'"):
+        labels_for(pictures, CLASSES[1:])
+
+
+def test_pictures_are_drawn_by_seed(folder: Path, tiny_bundle: Path) -> None:
+    preprocessing = open_bundle(tiny_bundle).manifest.preprocessing
+    pictures = load_pictures(DataSpec(kind="imagefolder", root=folder), "test", preprocessing)
+    assert choose_pictures(pictures, 12, 1).tolist() == choose_pictures(pictures, 12, 1).tolist()
+    assert choose_pictures(pictures, 12, 1).tolist() != choose_pictures(pictures, 12, 2).tolist()
+    assert choose_pictures(pictures, None, 1).tolist() == list(range(30))
+
+
+def test_mistakes_are_one_line(tiny_bundle: Path, folder: Path, tmp_path: Path) -> None:
+    for arguments, error, text in (
+        ([], ConfigError, "name a bundle or a checkpoint"),
+        ([tmp_path], ConfigError, "neither a bundle"),
+        ([tiny_bundle], ConfigError, "name it with --data"),
+        ([tiny_bundle, "--data", tmp_path / "nowhere"], ConfigError, "neither fashion-mnist"),
+        ([tiny_bundle, "--data", "digits"], ConfigError, "does not know, say '0'"),
+        ([tiny_bundle, "--data", folder, "--leave-out", "rain"], ConfigError, "no corruption 'rain'"),
+        (
+            [tiny_bundle, "--data", folder, "--leave-out", *TEST_CORRUPTIONS],
+            ConfigError,
+            "every corruption is left out",
+        ),
+        ([tiny_bundle, "--data", folder, "--pictures", 0], ConfigError, "at least 1"),
+        ([tiny_bundle, "--summarise", "x.json"], ConfigError, "alone"),
+        (["--summarise", tmp_path / "x.json"], ConfigError, "No such file"),
+    ):
+        with pytest.raises(error, match=text) as caught:
+            command(*arguments)
+        assert "\n" not in str(caught.value)
+
+
+def test_damaged_models_are_refused_by_name(tmp_path: Path) -> None:
+    for name, error in (("manifest.json", BundleError), ("checkpoint.json", CheckpointError)):
+        root = tmp_path / name.partition(".")[0]
+        root.mkdir()
+        (root / name).write_text("{")
+        with pytest.raises(error, match=name):
+            open_subject(str(root))
+
+
+def test_a_bundle_subject_answers_as_the_engine_does(tiny_bundle: Path, some_pictures: np.ndarray) -> None:
+    statistics, original = BundleSubject(str(tiny_bundle)).answer(some_pictures)
+    assert original is None
+    expected = Engine(open_bundle(tiny_bundle)).run(some_pictures)
+    for found, wanted in zip(statistics, expected, strict=True):
+        assert found == pytest.approx(wanted, abs=1e-5)
+
+
+def test_results_of_another_kind_are_refused(tmp_path: Path, out: Path) -> None:
+    path = tmp_path / "results.json"
+    document = json.loads((out / "results.json").read_text())
+    for change, text in (
+        ({"format": "else"}, "not the results"),
+        ({"schema_version": 99}, "schema version 99"),
+        ({"seed": "x"}, "seed: "),
+        ({"more": 1}, "more: "),
+    ):
+        path.write_text(json.dumps(document | change))
+        with pytest.raises(ConfigError, match=text):
+            read_results(path)
+
+
+def scaled(results: Results, seed: int, clean: float) -> Results:
+    """The same results with another seed and clean accuracy of all answerers."""
+    document = results.model_dump()
+    for each in document["answerers"]:
+        each["accuracy"]["clean"] = clean
+    return Results.model_validate(document | {"seed": seed})
+
+
+def test_summary_is_mean_and_sample_deviation(results: Results) -> None:
+    runs = [scaled(results, seed, clean) for seed, clean in enumerate((0.90, 0.91, 0.95))]
+    table = summarise(runs)
+    found = table["combined"]["clean accuracy"]
+    assert found.mean == pytest.approx(0.92)
+    assert found.deviation == pytest.approx(np.std([0.90, 0.91, 0.95], ddof=1))
+    assert found.points() == "92.0 ± 2.6"
+    assert table[DEFAULT]["corrupted accuracy"].mean == pytest.approx(results.default.accuracy.corrupted)
+    alone = summarise(runs[:1])["combined"]["clean accuracy"]
+    assert (alone.deviation, alone.points()) == (None, "90.0")
+
+
+def test_summary_refuses_runs_that_do_not_compare(results: Results) -> None:
+    other = results.model_copy(update={"left_out": ["fog"]})
+    with pytest.raises(ConfigError, match="differ in left_out"):
+        summarise([results, other])
+    fewer = results.model_copy(update={"answerers": results.answerers[1:]})
+    with pytest.raises(ConfigError, match="differ in their heads or routers"):
+        summarise([results, fewer])
+
+
+def test_summary_on_the_command_line(out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command("--summarise", out / "results.json", out / "results.json", "--out", tmp_path)
+    printed = capsys.readouterr().out
+    assert "| combined |" in printed
+    assert "± 0.0" in printed
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["pictures"] == 20
+    assert len(summary["answerers"]["combined"]["clean accuracy"]["values"]) == 2

@@ -1,0 +1,178 @@
+"""The report: whole in itself, true to the results, safe against names, and quiet in a real browser."""
+
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from trivium.runtime.bundle import Calibration
+from trivium.train.data import DataSpec, load_pictures
+from trivium.train.evaluate import evaluate
+from trivium.train.gallery import LARGEST, data_uri, gallery
+from trivium.train.report import heat, percent, render, signed, styles, write_report
+from trivium.train.results import Results
+from trivium.train.subject import BundleSubject
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+NASTY = '<script>alert(1)</script> & "co"'
+
+
+class Page(HTMLParser):
+    """Collects tags, references and text, and sees that tags nest."""
+
+    VOID = frozenset({"meta", "link", "img", "br"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.references: list[str] = []
+        self.text: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.references += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "action")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] not in ("style", "title"):
+            self.text.append(data)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, tiny_bundle: Path, some_pictures: np.ndarray):  # type: ignore[no-untyped-def]
+    """(results, samples) of a tiny bundle on files, with a calibration and costs on record."""
+    root = tmp_path_factory.mktemp("data")
+    for i in range(10):
+        for split in ("train", "val", "test"):
+            target = root / split / f"class {i}"
+            target.mkdir(parents=True)
+            Image.fromarray(np.roll(some_pictures[i], i, 0)).save(target / "0.png")
+    subject = BundleSubject(str(tiny_bundle))
+    pictures = load_pictures(DataSpec(kind="imagefolder", root=root), "test", subject.manifest.preprocessing)
+    results, _ = evaluate(subject, pictures, original=subject)
+    row = {"router": "combined", "accuracy": 0.8, "accuracy_clean": 0.9, "accuracy_shifted": 0.7, "difference": 0.0,
+           "difference_low": 0.0, "difference_high": 0.0, "worse_on": ""}  # fmt: skip
+    record = Calibration(
+        temperature={"clean": 1.25}, mixture={"clean": 0.5, "speckle_noise": 0.5}, pictures=300, data=NASTY, seed=0,
+        routers=[row, {"router": "of another release"}], chosen_because="it was best",
+    )  # fmt: skip
+    costs = {"student": {"cpu_seconds": 1234.5, "wall_seconds": 700.0}}
+    results = results.model_copy(update={"calibration": record, "costs": costs})
+    return results, gallery(subject, pictures, range(len(pictures)), rows=3)
+
+
+def parsed(text: str) -> Page:
+    page = Page()
+    page.feed(text)
+    page.close()
+    assert page.open == []
+    return page
+
+
+def test_the_page_is_whole_in_itself(made) -> None:  # type: ignore[no-untyped-def]
+    text = render(*made)
+    page = parsed(text)
+    assert all(reference.startswith("data:") for reference in page.references)
+    assert len([r for r in page.references if r.startswith("data:image/png")]) == 3 * 6
+    assert "script" not in page.tags
+    assert not re.search(r"url\(|@import|https?://(?!www\.w3\.org)", text)
+
+
+def test_the_page_shows_the_numbers(made) -> None:  # type: ignore[no-untyped-def]
+    results: Results = made[0]
+    page = parsed(render(*made))
+    text = " ".join(page.text)
+    for each in results.answerers:
+        assert each.name in text
+        assert percent(each.accuracy.corrupted) in text
+    for kind in results.corruptions:
+        assert kind.replace("_", " ") in text
+    assert "it was best" in text
+    assert "1,234" in text
+    assert page.tags.count("svg") >= 15 + len(results.entropy) + len(results.head_share)
+
+
+def test_names_are_escaped(made) -> None:  # type: ignore[no-untyped-def]
+    results, samples = made
+    model = results.model.model_copy(update={"name": NASTY})
+    page = parsed(render(results.model_copy(update={"model": model}), samples))
+    assert "script" not in page.tags
+    assert NASTY in "".join(page.text)
+
+
+def test_the_page_does_without_what_is_absent(made) -> None:  # type: ignore[no-untyped-def]
+    results: Results = made[0]
+    bare = [
+        each.model_copy(update={"negative_flips": None, "positive_flips": None, "over_original": None})
+        for each in results.answerers
+        if each.role != "original"
+    ]
+    page = parsed(render(results.model_copy(update={"answerers": bare, "calibration": None, "costs": {}}), []))
+    text = " ".join(page.text)
+    assert "no original classifier to compare with" in text
+    assert "How the router was chosen" not in text
+    assert "Sample pictures" not in text
+    assert "What training cost" not in text
+
+
+def test_unknown_heads_get_styles_of_their_own(made) -> None:  # type: ignore[no-untyped-def]
+    results: Results = made[0]
+    names = ["teacher", "student", "clean"]
+    answerers = [results.answerers[1].model_copy(update={"name": name}) for name in names]
+    found = styles(results.model_copy(update={"answerers": answerers, "head_share": {}}))
+    assert list(found) == names
+    assert len({(each.color, each.mark) for each in found.values()}) == 3
+
+
+def test_formats() -> None:
+    assert (percent(0.12345), percent(None), percent(0.5, 0)) == ("12.3", "–", "50")
+    assert (signed(0.0123), signed(-0.0123), signed(-0.00001)) == ("+1.2", "−1.2", "0.0")
+    assert (heat(1.0), heat(0.2), heat(0.0)) == (0, 60, 60)
+
+
+def test_large_pictures_are_scaled_down_and_small_ones_kept() -> None:
+    assert data_uri(np.zeros((28, 28, 3), np.uint8)).startswith("data:image/png;base64,")
+    large = data_uri(np.random.default_rng(0).integers(0, 256, (224, 300, 3), np.uint8))
+    assert large.startswith("data:image/jpeg;base64,")
+    assert len(large) < 4 * LARGEST * LARGEST
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: apt-get install chromium")
+@pytest.mark.parametrize("width", [1280, 800])
+def test_a_browser_has_nothing_to_complain_about(made, width: int, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    page, shot = tmp_path / "report.html", tmp_path / "shot.png"
+    results, samples = made
+    write_report(results, samples, page)
+    # the page reports its own layout: a body wider than the window would scroll sideways
+    probe = "<script>console.log('WIDTH', document.documentElement.scrollWidth)</script></body>"
+    page.write_text(page.read_text().replace("</body>", probe))
+    done = subprocess.run(
+        [
+            str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync",
+            "--disable-background-networking", "--disable-component-update", "--enable-logging=stderr",
+            f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},2000", f"--screenshot={shot}",
+            page.as_uri(),
+        ],
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    console = [line for line in done.stderr.splitlines() if ":CONSOLE" in line]
+    assert len(console) == 1, done.stderr[-2000:]
+    found = re.search(r"WIDTH (\d+)", console[0])
+    assert found is not None
+    assert int(found[1]) <= width
+    picture = np.asarray(Image.open(shot).convert("L"))
+    assert picture.shape[1] == width
+    assert picture.std() > 5
