@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import shutil
-import subprocess
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -19,23 +18,6 @@ from numpy.typing import NDArray
 
 from trivium.kernels import HeadStatistics, dropout_masks, mc_heads_ref
 from trivium.kernels import cuda as binding
-
-ROOT = Path(__file__).parents[2]
-EMULATION = Path(__file__).parent / "emulation"
-SOURCES = ROOT / "kernels" / "csrc"
-
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not on the PATH: no emulation to build")
-
-# Any undefined behaviour ends the process: a float4 off its alignment, an index beyond an array, an overflow.
-FLAGS = ["-std=c++17", "-O1", "-g", "-fPIC", "-shared", "-fno-strict-aliasing", "-fvisibility=hidden"]
-FLAGS += [
-    "-Wall",
-    "-Wextra",
-    "-Werror",
-    "-Wno-unknown-pragmas",
-    "-fsanitize=undefined",
-    "-fsanitize-undefined-trap-on-error",
-]
 
 
 class Inputs(NamedTuple):
@@ -111,23 +93,9 @@ class Card:
             return self.run(model, x.features)
 
 
-@pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    folder = tmp_path_factory.mktemp("emulation")
-    gemm, heads = folder / "libcublaslt.so", folder / "libheads.so"
-    sources = [SOURCES / "cuda_heads.cu", SOURCES / "cuda_gemm.cpp", EMULATION / "emulation.cpp"]
-    for target, extra in ((gemm, [EMULATION / "cublaslt.cpp"]), (heads, sources)):
-        command = ["g++", *FLAGS, f"-I{EMULATION}", f"-I{SOURCES}", "-x", "c++", *map(str, extra), "-o", str(target)]
-        result = subprocess.run([*command, "-ldl"], capture_output=True, text=True, check=False)
-        assert result.returncode == 0, result.stderr
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRIVIUM_CUBLASLT", str(gemm))
-        yield heads
-
-
 @pytest.fixture
-def card(library: Path) -> Iterator[Card]:
-    card = Card(library)
+def card(emulated_library: Path) -> Iterator[Card]:
+    card = Card(emulated_library)
     yield card
     card.c.emulation_fail(-1)
     assert card.c.emulation_live_bytes() == 0
@@ -301,7 +269,7 @@ def test_any_failing_call_is_an_error_and_leaks_nothing(card: Card, classes: int
     model.close()
 
 
-def test_refusals_say_what_is_wrong(card: Card, library: Path) -> None:
+def test_refusals_say_what_is_wrong(card: Card) -> None:
     x = draw(1, 2, 4, 8, 4)
     for change, words in [
         ({"masks": np.full((4, 8), 2, np.uint8)}, "masks must hold 0 and 1 only"),
@@ -329,9 +297,9 @@ def test_refusals_say_what_is_wrong(card: Card, library: Path) -> None:
         card.pack(x)
 
 
-def test_a_missing_cublaslt_is_named(library: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_missing_cublaslt_is_named(emulated_library: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     copy = tmp_path / "libheads.so"  # the choice is made once per loaded library
-    shutil.copy(library, copy)
+    shutil.copy(emulated_library, copy)
     monkeypatch.setenv("TRIVIUM_CUBLASLT", str(tmp_path / "nothing.so"))
     with pytest.raises(binding.CudaError, match=r"cuBLASLt 12 or 13 cannot be loaded .*nothing\.so"):
         Card(copy).pack(draw(1, 1, 2, 2, 2))
