@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -55,6 +56,20 @@ class Ready:
         return json.dumps(asdict(self))
 
 
+class GenericHandlers:
+    """What generated code takes for a server: passes its generic handlers on, and leaves registered methods out.
+
+    grpc.aio waits for each registered method with a task of its own, and goes through all of them for every call: with
+    the 20 methods of the protocol some 10 microseconds.
+    """
+
+    def __init__(self, server: Any) -> None:
+        self.add_generic_rpc_handlers = server.add_generic_rpc_handlers
+
+    def add_registered_method_handlers(self, service: str, handlers: dict[str, Any]) -> None:
+        """Nothing: the same handlers were added as generic ones."""
+
+
 class Server:
     """One process's server.
 
@@ -80,8 +95,8 @@ class Server:
                 ("grpc.so_reuseport", 0),
             ]
         )
-        service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(self.service, self._grpc)
-        health_pb2_grpc.add_HealthServicer_to_server(self.health, self._grpc)
+        service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(self.service, GenericHandlers(self._grpc))
+        health_pb2_grpc.add_HealthServicer_to_server(self.health, GenericHandlers(self._grpc))
         reflection.enable_server_reflection((*SERVICES, reflection.SERVICE_NAME), self._grpc)
 
     async def start(self) -> Ready:
