@@ -30,7 +30,8 @@ if(NOT chosen_architectures)
 endif()
 
 find_package(CUDAToolkit REQUIRED)
-add_library(trivium_cuda OBJECT csrc/cuda_heads.cu csrc/cuda_gemm.cpp)
+add_library(trivium_cuda OBJECT csrc/cuda_heads.cu csrc/cuda_gemm.cpp csrc/ort_cuda.cpp)
+target_link_libraries(trivium_cuda PRIVATE CUDA::cudart_static)
 set_target_properties(trivium_cuda PROPERTIES
   POSITION_INDEPENDENT_CODE ON
   CUDA_ARCHITECTURES "${chosen_architectures}"

@@ -32,6 +32,7 @@ enum class Slot : int {
   kKernelContextGetInput = 90,
   kKernelContextGetOutput = 91,
   kReleaseTensorTypeAndShapeInfo = 99,
+  kKernelContextGetGpuComputeStream = 193,
   kHasSessionConfigEntry = 237,
   kGetSessionConfigEntry = 238,
   kKernelInfoGetConstantInputTensor = 249,

@@ -6,14 +6,17 @@
 
 #include "error.h"
 #include "ort_abi.h"
+#include "ort_tensor.h"
 #include "pack.h"
 #include "run.h"
+#if defined(TRIVIUM_CUDA)
+#include "mcheads_cuda.h"
+#include "ort_cuda.h"
+#endif
 
 namespace trivium::ort {
 namespace {
 
-constexpr size_t kInputs = 5, kOutputs = 5;
-enum Input : size_t { kFeatures, kWeights, kBias, kTemperature, kMasks };
 constexpr int64_t kMaxThreads = 256;
 
 struct Settings {
@@ -33,13 +36,6 @@ struct Operator : CustomOp {
   Operator* next = nullptr;
 };
 
-struct Tensor {
-  const void* value;
-  int64_t shape[3] = {};
-  size_t rank = 0;
-  const void* data = nullptr;
-};
-
 struct Kernel {
   Api api;
   Settings settings;
@@ -47,48 +43,14 @@ struct Kernel {
   mcheads_model* model = nullptr;  // packed once, where all but the features is constant
 };
 
-Status status_of(Api api, int code, const char* line) {
-  return Call<Status(int, const char*)>::at(api, Slot::kCreateStatus, code, line);
-}
-
 Status last_failure(Api api) { return status_of(api, kFail, last_error()); }
-
-// Fill shape, rank and data of tensor.value; refuses other element types and ranks.
-Status look_at(Api api, int element_type, const char* name, Tensor& tensor) {
-  void* info = nullptr;
-  Status status = Call<Status(const void*, void**)>::at(api, Slot::kGetTensorTypeAndShape, tensor.value, &info);
-  if (status != nullptr) return status;
-  int type = 0;
-  status = Call<Status(const void*, int*)>::at(api, Slot::kGetTensorElementType, info, &type);
-  if (status == nullptr)
-    status = Call<Status(const void*, size_t*)>::at(api, Slot::kGetDimensionsCount, info, &tensor.rank);
-  if (status == nullptr && (type != element_type || tensor.rank < 1 || tensor.rank > 3)) {
-    fail(MCHEADS_INVALID, "MCHeads: %s has the wrong type or rank", name);
-    status = status_of(api, kInvalidArgument, last_error());
-  }
-  if (status == nullptr)
-    status = Call<Status(const void*, int64_t*, size_t)>::at(api, Slot::kGetDimensions, info, tensor.shape,
-                                                             tensor.rank);
-  Call<void(void*)>::at(api, Slot::kReleaseTensorTypeAndShapeInfo, info);
-  if (status != nullptr) return status;
-  void* data = nullptr;
-  status = Call<Status(const void*, void**)>::at(api, Slot::kGetTensorMutableData, tensor.value, &data);
-  tensor.data = data;
-  return status;
-}
 
 // Pack a model from the inputs behind the features; `inputs` hold their values.
 Status pack_inputs(const Kernel& kernel, Tensor* inputs, mcheads_model** model) {
-  static const char* const names[kInputs] = {"features", "weights", "bias", "temperature", "masks"};
-  for (size_t i = kWeights; i < kInputs; ++i)
-    if (Status status = look_at(kernel.api, i == kMasks ? kUint8 : kFloat, names[i], inputs[i])) return status;
+  if (Status status = look_at_model(kernel.api, inputs)) return status;
   const Tensor &w = inputs[kWeights], &b = inputs[kBias], &tau = inputs[kTemperature], &m = inputs[kMasks];
-  const int64_t heads = w.shape[0], classes = w.shape[1], units = w.shape[2];
-  if (w.rank != 3 || b.rank != 2 || tau.rank != 1 || m.rank != 2 || b.shape[0] != heads || b.shape[1] != classes ||
-      tau.shape[0] != heads || m.shape[1] != units)
-    return status_of(kernel.api, kInvalidArgument, "MCHeads: the shapes of its inputs do not fit together");
   const int result =
-      mcheads_create(model, heads, classes, units, m.shape[0], kernel.keep, kernel.settings.weight_type,
+      mcheads_create(model, w.shape[0], w.shape[1], w.shape[2], m.shape[0], kernel.keep, kernel.settings.weight_type,
                      kernel.settings.mode, static_cast<const float*>(w.data), static_cast<const float*>(b.data),
                      static_cast<const float*>(tau.data), static_cast<const uint8_t*>(m.data));
   return result == MCHEADS_OK ? nullptr : last_failure(kernel.api);
@@ -155,30 +117,16 @@ void on_session_threads(void* self, int64_t tasks, void (*task)(void*, size_t), 
 
 Status compute_with(const Kernel& kernel, const mcheads_model& model, const Tensor& features, void* context) {
   const int64_t batch = features.shape[0], heads = model.heads, classes = model.classes;
-  const bool shared = features.rank == 2 && features.shape[1] == model.units;
-  const bool own = features.rank == 3 && features.shape[1] == heads && features.shape[2] == model.units;
-  if (!shared && !own)
-    return status_of(kernel.api, kInvalidArgument, "MCHeads: features must be [B, D] or [B, K, D]");
-  const int64_t shapes[kOutputs][3] = {{batch, heads, classes}, {batch, heads}, {batch, heads}, {batch, heads, heads},
-                                       {batch, heads}};
-  const size_t ranks[kOutputs] = {3, 2, 2, 3, 2};
+  int64_t feature_heads = 0;
   float* out[kOutputs];
-  for (size_t i = 0; i < kOutputs; ++i) {
-    void *value = nullptr, *data = nullptr;
-    Status status = Call<Status(void*, size_t, const int64_t*, size_t, void**)>::at(
-        kernel.api, Slot::kKernelContextGetOutput, context, i, shapes[i], ranks[i], &value);
-    if (status == nullptr)
-      status = Call<Status(const void*, void**)>::at(kernel.api, Slot::kGetTensorMutableData, value, &data);
-    if (status != nullptr) return status;
-    out[i] = static_cast<float*>(data);
-  }
+  if (Status status = heads_of_features(kernel.api, features, heads, model.units, &feature_heads)) return status;
+  if (Status status = make_outputs(kernel.api, context, batch, heads, classes, out)) return status;
   if (batch == 0) return nullptr;
   SessionThreads lent = {kernel.api, context};
   Parallel parallel;
   parallel.threads = kernel.settings.threads;
   parallel.run = on_session_threads;
   parallel.self = &lent;
-  const int64_t feature_heads = own ? heads : 1;
   void* scratch = scratch_of_thread(scratch_bytes(model, feature_heads, batch, parallel.threads));
   if (scratch == nullptr) return status_of(kernel.api, kFail, "MCHeads: no memory for its scratch");
   run(model, static_cast<const float*>(features.data), feature_heads, batch, {out[0], out[1], out[2], out[3], out[4]},
@@ -203,20 +151,10 @@ Status compute(void* self, void* context) {
   return status;
 }
 
-int required(const CustomOp*, size_t) { return 0; }
-
 void describe(Operator& op) {
-  op.version = kApiVersion;
-  op.GetName = [](const CustomOp*) { return "MCHeads"; };
+  describe_inputs(op);
   op.GetExecutionProviderType = [](const CustomOp*) -> const char* { return nullptr; };
-  op.GetInputType = [](const CustomOp*, size_t i) { return i == kMasks ? kUint8 : kFloat; };
-  op.GetInputTypeCount = [](const CustomOp*) { return kInputs; };
-  op.GetOutputType = [](const CustomOp*, size_t) { return kFloat; };
-  op.GetOutputTypeCount = [](const CustomOp*) { return kOutputs; };
   op.KernelDestroy = destroy;
-  op.GetInputCharacteristic = required;
-  op.GetOutputCharacteristic = required;
-  op.GetInputMemoryType = required;
   op.CreateKernelV2 = create;
   op.KernelComputeV2 = compute;
 }
@@ -285,6 +223,10 @@ Status operator_for(Api api, const Settings& settings, Operator** out) {
       Call<Status(const char*, void**)>::at(api, Slot::kCreateCustomOpDomain, "ai.trivium", &op->domain);
   if (status == nullptr)
     status = Call<Status(void*, const CustomOp*)>::at(api, Slot::kCustomOpDomainAdd, op->domain, op);
+#if defined(TRIVIUM_CUDA)
+  if (status == nullptr && mcheads_cuda_devices() > 0)
+    status = add_cuda_operator(api, op->domain, settings.weight_type == MCHEADS_BFLOAT16, "CUDAExecutionProvider");
+#endif
   if (status != nullptr) {
     delete op;
     return status;
