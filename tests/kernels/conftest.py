@@ -20,12 +20,16 @@ FLAGS += ["-fsanitize=undefined", "-fsanitize-undefined-trap-on-error"]
 
 @pytest.fixture(scope="session")
 def emulated_library(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The C ABI of mcheads_cuda.h and the emulation's own functions; TRIVIUM_CUBLASLT names an emulated cuBLASLt."""
+    """The C ABI of mcheads_cuda.h, the operator of ONNX Runtime and the emulation's own functions.
+
+    TRIVIUM_CUBLASLT names an emulated cuBLASLt.
+    """
     if shutil.which("g++") is None:
         pytest.skip("g++ is not on the PATH: no emulation to build")
     folder = tmp_path_factory.mktemp("emulation")
     gemm, heads = folder / "libcublaslt.so", folder / "libheads.so"
-    sources = [SOURCES / "cuda_heads.cu", SOURCES / "cuda_gemm.cpp", EMULATION / "emulation.cpp"]
+    sources = [SOURCES / name for name in ("cuda_heads.cu", "cuda_gemm.cpp", "ort_cuda.cpp", "ort_tensor.cpp")]
+    sources += [EMULATION / "emulation.cpp", EMULATION / "ort.cpp"]
     for target, parts in ((gemm, [EMULATION / "cublaslt.cpp"]), (heads, sources)):
         command = ["g++", *FLAGS, f"-I{EMULATION}", f"-I{SOURCES}", "-x", "c++", *map(str, parts), "-o", str(target)]
         result = subprocess.run([*command, "-ldl"], capture_output=True, text=True, check=False)

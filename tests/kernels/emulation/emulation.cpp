@@ -223,12 +223,15 @@ cudaError_t cudaMalloc(void** memory, size_t bytes) {
   mprotect(base + mapped - page, page, PROT_NONE);
   *memory = base + mapped - page - used;
   std::memset(*memory, 0xff, used);
+  const std::lock_guard<std::mutex> lock(running);
   allocations[*memory] = {base, mapped};
   live_bytes += mapped;
   return cudaSuccess;
 }
 
 cudaError_t cudaFree(void* memory) {
+  if (memory == nullptr) return cudaSuccess;
+  const std::lock_guard<std::mutex> lock(running);
   const auto found = allocations.find(memory);
   if (found == allocations.end()) give_up("cudaFree of what cudaMalloc never gave");
   munmap(found->second.first, found->second.second);
