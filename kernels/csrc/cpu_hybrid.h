@@ -155,14 +155,15 @@ struct Hybrid {
       highest = V::max(V::fma(V::load(variance + c), V(0.5f), V::load(mean + c)), highest);
     SoftmaxRow tail;
     tail.top = highest.maximum();
-    V sum(0.f), weighted(0.f);
+    ClassSum<V> sum, weighted;
     float* share = slab.mean + place * padded;
     for (int64_t c = 0; c < padded; c += kWidth) {
       const V m = V::load(mean + c) - V(tail.top), v = V::load(variance + c);
       const V e = exponential(V::fma(v, V(0.5f), m));
       e.store(share + c);
-      sum = sum + e;
-      weighted = V::fma(m + v, e, weighted);
+      const int j = c / kWidth % ClassSum<V>::kVectors;
+      sum.chains[j] = sum.chains[j] + e;
+      weighted.chains[j] = V::fma(m + v, e, weighted.chains[j]);
     }
     tail.sum = static_cast<float>(sum.total());
     tail.weighted = static_cast<float>(weighted.total());

@@ -71,9 +71,26 @@ TRIVIUM_INLINE void prefetch_row(const char* row, int64_t row_bytes) {
   for (int64_t byte = 0; byte < row_bytes; byte += 64) __builtin_prefetch(row + kDistance + byte, 0, 2);
 }
 
+// A sum over classes in 32 chains, however wide a vector is.
+template <class V>
+struct ClassSum {
+  static constexpr int kVectors = 32 / V::kWidth;
+  V chains[kVectors];
+
+  TRIVIUM_INLINE ClassSum() {
+    for (int j = 0; j < kVectors; ++j) chains[j] = V(0.f);
+  }
+  TRIVIUM_INLINE double total() const {
+    double sum = 0;
+    for (int j = 0; j < kVectors; ++j) sum += chains[j].total();
+    return sum;
+  }
+};
+
 template <class V>
 struct Kernels {
   static constexpr int kWidth = V::kWidth;
+  static constexpr int kVectors = 32 / kWidth;
   // Groups that one sweep serves: their sums share the first-level cache.
   static constexpr int kSweepGroups = 3;
   // Pairs of accumulators that fit the registers for 1, 2 or 4 pictures at once and divide a block of words.
@@ -81,6 +98,9 @@ struct Kernels {
     const int all = V::kPairs / pictures < 1 ? 1 : V::kPairs / pictures;
     return all * kWidth > block / 2 ? block / 2 / kWidth : all;
   }
+
+  // A sum of more rows than kLongestChain is a sum of chains.
+  static void store_chain(V chain, float* sum, bool first) { (first ? chain : V::load(sum) + chain).store(sum); }
 
   // Several pictures, one group: sums [pictures][2^k][block] of weight times feature over the rows of each pattern.
   template <bool kBfloat16, int kBlock, int kPictures>
@@ -93,11 +113,12 @@ struct Kernels {
     const int32_t* rows = group.rows.data();
     const int32_t* offsets = group.offsets.data();
     for (int64_t word = 0; word < block / 2; word += kPairs * kWidth)
-      for (int pattern = first_pattern; pattern < patterns; ++pattern) {
+      for (int64_t pattern = first_pattern, begin = offsets[pattern]; pattern < patterns;) {
         V low[kPictures][kPairs], high[kPictures][kPairs];
         for (int x = 0; x < kPictures; ++x)
           for (int j = 0; j < kPairs; ++j) low[x][j] = high[x][j] = V(0.f);
-        for (int32_t i = offsets[pattern]; i < offsets[pattern + 1]; ++i) {
+        const int64_t last = offsets[pattern + 1], end = last - begin > kLongestChain ? begin + kLongestChain : last;
+        for (int64_t i = begin; i < end; ++i) {
           const char* row = weights + rows[i] * row_bytes;
           Pair<V> w[kPairs];
           for (int j = 0; j < kPairs; ++j) w[j] = load_pair<V, kBfloat16>(row, word + j * kWidth);
@@ -112,15 +133,18 @@ struct Kernels {
         for (int x = 0; x < kPictures; ++x)
           for (int j = 0; j < kPairs; ++j) {
             float* sum = sums + (x * patterns + pattern) * block + column_of_word(word + j * kWidth);
-            low[x][j].store(sum);
-            high[x][j].store(sum + 16);
+            store_chain(low[x][j], sum, begin == offsets[pattern]);
+            store_chain(high[x][j], sum + 16, begin == offsets[pattern]);
           }
+        begin = end;
+        if (end == last) ++pattern;
       }
   }
 
   // One picture, several groups in one sweep through a block, so that it is read from memory straight through and
   // once. The first group's sums pass through registers where `kSorted`, those of kTables further groups are tables in
-  // the first-level cache. Every sum meets its rows in the order that sum_group takes, hence the same bits.
+  // the first-level cache; none of those may be longer than a chain. Every sum meets its rows in the order that
+  // sum_group takes, hence the same bits.
   template <bool kBfloat16, int kBlock, bool kSorted, int kTables>
   static void sweep(const Model& model, const Group* const* groups, const char* weights, const float* features,
                     float* const* sums) {
@@ -130,14 +154,16 @@ struct Kernels {
     float* const* table_sums = sums + kSorted;
     for (int g = 0; g < kTables; ++g)
       for (int64_t c = 0; c < block << tables[g]->passes; c += kWidth) V(0.f).store(table_sums[g] + c);
-    const int patterns = kSorted ? 1 << groups[0]->passes : 1;
+    const int64_t patterns = kSorted ? 1 << groups[0]->passes : 1;
+    const int32_t whole[2] = {0, static_cast<int32_t>(model.units)};
+    const int32_t* offsets = kSorted ? groups[0]->offsets.data() : whole;
     for (int64_t word = 0; word < block / 2; word += kPairs * kWidth)
-      for (int pattern = 0; pattern < patterns; ++pattern) {
-        const int64_t first = kSorted ? groups[0]->offsets[pattern] : 0;
-        const int64_t last = kSorted ? groups[0]->offsets[pattern + 1] : model.units;
+      for (int64_t pattern = 0, begin = 0; pattern < patterns;) {
         V low[kPairs], high[kPairs];
         for (int j = 0; j < kPairs; ++j) low[j] = high[j] = V(0.f);
-        for (int64_t i = first; i < last; ++i) {
+        const int64_t last = offsets[pattern + 1];
+        const int64_t end = kSorted && last - begin > kLongestChain ? begin + kLongestChain : last;
+        for (int64_t i = begin; i < end; ++i) {
           const char* row = weights + i * row_bytes;
           if (word == 0) prefetch_row(row, row_bytes);
           const V h(features[i]);
@@ -159,9 +185,11 @@ struct Kernels {
         if (kSorted)
           for (int j = 0; j < kPairs; ++j) {
             float* sum = sums[0] + pattern * block + column_of_word(word + j * kWidth);
-            low[j].store(sum);
-            high[j].store(sum + 16);
+            store_chain(low[j], sum, begin == offsets[pattern]);
+            store_chain(high[j], sum + 16, begin == offsets[pattern]);
           }
+        begin = end;
+        if (end == last) ++pattern;
       }
   }
 
@@ -265,7 +293,11 @@ struct Kernels {
     int picture = 0;
     for (; slab.pictures - picture >= 4; picture += 4) block_logits<kBfloat16, 4>(slab, index, picture);
     for (; slab.pictures - picture >= 2; picture += 2) block_logits<kBfloat16, 2>(slab, index, picture);
-    if (picture < slab.pictures) block_logits_of_one<kBfloat16>(slab, index, picture);
+    if (picture == slab.pictures) return;
+    if (slab.model->short_chains)
+      block_logits_of_one<kBfloat16>(slab, index, picture);
+    else
+      block_logits<kBfloat16, 1>(slab, index, picture);
   }
 
   static void logits(const Slab& slab, int64_t index) {
@@ -282,17 +314,17 @@ struct Kernels {
     SoftmaxRow row;
     row.top = highest.maximum();
     const V top(row.top);
-    V sum[2] = {V(0.f), V(0.f)}, weighted[2] = {V(0.f), V(0.f)};
-    for (int64_t c = 0; c < length; c += 2 * kWidth)
-      for (int j = 0; j < 2; ++j) {
+    ClassSum<V> sum, weighted;
+    for (int64_t c = 0; c < length; c += 32)
+      for (int j = 0; j < kVectors; ++j) {
         const V shifted = V::load(z + c + j * kWidth) - top;
         const V e = exponential(shifted);
-        sum[j] = sum[j] + e;
-        weighted[j] = V::fma(shifted, e, weighted[j]);
+        sum.chains[j] = sum.chains[j] + e;
+        weighted.chains[j] = V::fma(shifted, e, weighted.chains[j]);
         e.store(z + c + j * kWidth);
       }
-    row.sum = static_cast<float>((sum[0] + sum[1]).total());
-    row.weighted = static_cast<float>((weighted[0] + weighted[1]).total());
+    row.sum = static_cast<float>(sum.total());
+    row.weighted = static_cast<float>(weighted.total());
     return row;
   }
 
@@ -312,14 +344,14 @@ struct Kernels {
     const int64_t place = picture * model.heads + head;
     float* mean = slab.mean + place * padded;
     for (int64_t c = 0; c < padded; c += 32) {
-      V sum[32 / kWidth];
-      for (int j = 0; j < 32 / kWidth; ++j) sum[j] = V(0.f);
+      V sum[kVectors];
+      for (int j = 0; j < kVectors; ++j) sum[j] = V(0.f);
       for (int64_t t = 0; t < passes; ++t) {
         const float* e = logits + t * stride;
         const V share(e[padded]);
-        for (int j = 0; j < 32 / kWidth; ++j) sum[j] = V::fma(share, V::load(e + c + j * kWidth), sum[j]);
+        for (int j = 0; j < kVectors; ++j) sum[j] = V::fma(share, V::load(e + c + j * kWidth), sum[j]);
       }
-      for (int j = 0; j < 32 / kWidth; ++j) sum[j].store(mean + c + j * kWidth);
+      for (int j = 0; j < kVectors; ++j) sum[j].store(mean + c + j * kWidth);
     }
     finish(slab, picture, head, expected_entropy / passes, log_sum_exp / passes);
   }
@@ -330,15 +362,15 @@ struct Kernels {
     const int64_t place = picture * model.heads + head;
     const float* mean = slab.mean + place * model.padded;
     float* log_mean = slab.log_mean + place * model.padded;
-    V sum[2] = {V(0.f), V(0.f)};
-    for (int64_t c = 0; c < model.padded; c += 2 * kWidth)
-      for (int j = 0; j < 2; ++j) {
+    ClassSum<V> sum;
+    for (int64_t c = 0; c < model.padded; c += 32)
+      for (int j = 0; j < kVectors; ++j) {
         const V p = V::load(mean + c + j * kWidth);
         const V log_p = logarithm(V::max(p, V(kProbabilityFloor)));
         log_p.store(log_mean + c + j * kWidth);
-        sum[j] = sum[j] + entropy_term(p, log_p);
+        sum.chains[j] = sum.chains[j] + entropy_term(p, log_p);
       }
-    const double entropy = (sum[0] + sum[1]).total();
+    const double entropy = sum.total();
     slab.predictive_entropy[place] = static_cast<float>(entropy);
     slab.mutual_information[place] = not_negative(static_cast<float>(entropy - expected_entropy));
     slab.energy[place] = static_cast<float>(-log_sum_exp);
@@ -365,14 +397,14 @@ struct Kernels {
         const float* p = slab.mean + i * padded;
         const float* log_p = slab.log_mean + i * padded;
         const float* log_q = slab.log_mean + j * padded;
-        V sum[2] = {V(0.f), V(0.f)};
+        ClassSum<V> sum;
         if (i != j)
-          for (int64_t c = 0; c < padded; c += 2 * kWidth)
-            for (int v = 0; v < 2; ++v) {
+          for (int64_t c = 0; c < padded; c += 32)
+            for (int v = 0; v < kVectors; ++v) {
               const int64_t at = c + v * kWidth;
-              sum[v] = sum[v] + divergence_term(V::load(p + at), V::load(log_p + at), V::load(log_q + at));
+              sum.chains[v] = sum.chains[v] + divergence_term(V::load(p + at), V::load(log_p + at), V::load(log_q + at));
             }
-        slab.divergence[i * heads + j - first] = not_negative(static_cast<float>((sum[0] + sum[1]).total()));
+        slab.divergence[i * heads + j - first] = not_negative(static_cast<float>(sum.total()));
       }
   }
 };

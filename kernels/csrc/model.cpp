@@ -94,6 +94,8 @@ bool make_groups(const uint8_t* masks, Model& model) {
     if (g == 0 && !sort_by_pattern(masks, units, nullptr, *group, group->offsets, model.units_of_rows)) return false;
     const int32_t* unit_of_row = model.units_of_rows.data();
     if (!sort_by_pattern(masks, units, unit_of_row, *group, group->offsets, group->rows)) return false;
+    for (int p = 0; g > 0 && p < 1 << group->passes; ++p)
+      model.short_chains &= group->offsets[p + 1] - group->offsets[p] <= kLongestChain;
     if (!group->sums.resize(units)) return false;
     for (int64_t i = 0; i < units; ++i)
       group->sums[i] = static_cast<int32_t>(pattern_of(masks, *group, units, unit_of_row[i]) * model.block);

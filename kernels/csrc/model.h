@@ -13,6 +13,8 @@ namespace trivium {
 constexpr int kMaxPicturesAtOnce = 4;
 // Passes whose masks are looked at together: a feature enters one of 2^k sums by its pattern over k passes.
 constexpr int kMaxGroupPasses = 6;
+// Rows that may be added up one after the other: rounding grows with their number.
+constexpr int64_t kLongestChain = 256;
 constexpr int kMinBlock = 32, kMaxBlock = 64;
 constexpr size_t kAlignment = 64;
 // Floats between logit rows beyond their length: rows at multiples of 4096 bytes would share one cache set.
@@ -60,6 +62,7 @@ struct Model {
   int64_t padded = 0;          // classes rounded up to whole blocks
   int64_t grouped_passes = 0;  // passes whose logits are summed; the antithetic half follows by subtraction
   bool antithetic = false;
+  bool short_chains = true;  // no pattern of any group but the first has more rows than kLongestChain
   bool bfloat16 = false;
   bool hybrid = false;
   int64_t group_count = 0;
