@@ -54,7 +54,6 @@ def render(results: Results, samples: Sequence[Sequence[Sample]]) -> str:
     return environment.get_template(PAGE).render(
         r=results,
         default=results.default,
-        original=next((each for each in results.answerers if each.role == "original"), None),
         style=style,
         drawn=drawn,
         swatches={name: charts.swatch(series) for name, series in style.items()},

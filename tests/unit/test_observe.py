@@ -146,7 +146,7 @@ def test_a_router_asked_for_is_taken_and_said_so(model: Ridge, pictures: Picture
 
 def test_a_single_head_is_calibrated_without_rules(model: Ridge, pictures: Pictures) -> None:
     class Single(Ridge):
-        head_names = ("original",)
+        head_names: tuple[str, ...] = ("original",)
 
         def __init__(self) -> None:
             nn.Module.__init__(self)
