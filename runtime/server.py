@@ -194,6 +194,10 @@ async def run(settings: Settings) -> None:
 
     SIGTERM, an orchestrator's, is followed by the grace time; SIGINT, a person's, drains at once.
     """
+    if settings.ready_file is not None:
+        # one left by an earlier server must not be taken for this one's
+        with contextlib.suppress(OSError):
+            settings.ready_file.unlink()
     server = Server(settings)
     loop = asyncio.get_running_loop()
     signalled: asyncio.Future[signal.Signals] = loop.create_future()

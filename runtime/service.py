@@ -15,7 +15,7 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from . import wire
 from .bundle import Manifest
-from .errors import DeadlineExceeded, QueueFull, ShuttingDown, TriviumError, UnknownModel
+from .errors import DeadlineExceeded, EngineError, QueueFull, ShuttingDown, TriviumError, UnknownModel
 from .metrics import Metrics, ModelMetrics
 from .predictor import Prediction, Predictor
 from .repository import Repository
@@ -72,7 +72,6 @@ class Service(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[mi
         self.in_flight += 1
         counted: ModelMetrics | None = None
         deadline: float | None = None
-        code = "UNKNOWN"
         try:
             if (remaining := context.time_remaining()) is not None:
                 deadline = monotonic() + remaining
@@ -85,36 +84,36 @@ class Service(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[mi
             job = await self._run(predictor, asked, deadline, request.ByteSize())
             predictions: list[Prediction] = job.results  # type: ignore[assignment]
             response = wire.write_response(request.id, predictor.manifest, asked.outputs, predictions, job.queue_ns)
-            counted.succeeded(predictions, job.queue_ns, perf_counter_ns() - start)
-            self._last_ms[predictor] = time.time_ns() // 1_000_000
-            code = "OK"
-            return response
         except TriviumError as error:
-            code = error.status
             if counted is not None:
                 counted.rejected += isinstance(error, QueueFull)
                 counted.expired += isinstance(error, DeadlineExceeded)
-            await context.abort(grpc.StatusCode[code], str(error), self._advice(error))
+            self._failed(counted, error.status, start)
+            await _abort(context, error, self._advice(error))
         except Exception:
             _log.exception("a request failed")
-            code = "INTERNAL"
-            await context.abort(
-                grpc.StatusCode.INTERNAL, "the request could not be answered; the server's log says why"
-            )
+            self._failed(counted, "INTERNAL", start)
+            await _abort(context, EngineError("the request could not be answered; the server's log says why"))
         except asyncio.CancelledError:
             # gRPC cancels the call when its deadline passes as well as when the client leaves
             expired = deadline is not None and monotonic() >= deadline - EXPIRY_SLACK
-            code = "DEADLINE_EXCEEDED" if expired else "CANCELLED"
             if counted is not None:
                 counted.expired += expired
                 counted.cancelled += not expired
+            self._failed(counted, "DEADLINE_EXCEEDED" if expired else "CANCELLED", start)
             raise
-        finally:
-            self.in_flight -= 1
-            if counted is None:
-                self._metrics.unknown(code)
-            elif code != "OK":
-                counted.failed(code, perf_counter_ns() - start)
+        self.in_flight -= 1
+        counted.succeeded(predictions, job.queue_ns, perf_counter_ns() - start)
+        self._last_ms[predictor] = time.time_ns() // 1_000_000
+        return response
+
+    def _failed(self, counted: ModelMetrics | None, code: str, start: int) -> None:
+        """Count a request before its status is sent, so that whoever has the status finds it in the metrics."""
+        self.in_flight -= 1
+        if counted is None:
+            self._metrics.unknown(code)
+        else:
+            counted.failed(code, perf_counter_ns() - start)
 
     async def ServerLive(self, request: Any, context: Any) -> Any:
         return service_pb2.ServerLiveResponse(live=True)
@@ -277,8 +276,8 @@ for _name, _text in UNSUPPORTED.items():
     setattr(Service, _name, _unsupported(_text))
 
 
-async def _abort(context: Any, error: TriviumError) -> NoReturn:
-    await context.abort(grpc.StatusCode[error.status], str(error))
+async def _abort(context: Any, error: TriviumError, metadata: tuple[tuple[str, str], ...] = ()) -> NoReturn:
+    await context.abort(grpc.StatusCode[error.status], str(error), metadata)
     raise AssertionError  # abort raises
 
 
