@@ -27,7 +27,16 @@ class Inputs:
     masks: NDArray[np.uint8]
     keep: float
 
-    def arguments(self) -> tuple[object, ...]:
+    def arguments(
+        self,
+    ) -> tuple[
+        NDArray[np.float32],
+        NDArray[np.float32],
+        NDArray[np.float32],
+        NDArray[np.float32],
+        NDArray[np.uint8],
+        float,
+    ]:
         return self.features, self.weights, self.bias, self.temperature, self.masks, self.keep
 
     def logit_bound(self) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 
@@ -52,7 +54,7 @@ def test_float32_weights(isa: str, case: tuple[int, int, int, int, int, float, b
     assert_close(mc_heads(*inputs.arguments()), mc_heads_ref(*inputs.arguments()))
 
 
-def test_bfloat16_weights_stay_within_their_rounding(isa: str, record_property: pytest.RecordProperty) -> None:
+def test_bfloat16_weights_stay_within_their_rounding(isa: str, record_property: Callable[[str, object], None]) -> None:
     inputs = make_inputs(4, 3, 1000, 1280, 32)
     actual, expected = mc_heads(*inputs.arguments(), weight_type="bfloat16"), mc_heads_ref(*inputs.arguments())
     error = float(np.abs(actual.probabilities - expected.probabilities).max())

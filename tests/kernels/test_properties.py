@@ -53,7 +53,7 @@ def test_classes_have_no_order(inputs: Inputs, random: object) -> None:
     random.shuffle(order)  # type: ignore[attr-defined]
     h, w, b, tau, m, keep = inputs.arguments()
     straight = mc_heads(h, w, b, tau, m, keep)
-    shuffled = mc_heads(h, w[:, order], b[:, order], tau, m, keep)  # type: ignore[index]
+    shuffled = mc_heads(h, w[:, order], b[:, order], tau, m, keep)
     np.testing.assert_allclose(shuffled.probabilities, straight.probabilities[..., order], atol=1e-6)
     for a, e in zip(shuffled[1:], straight[1:], strict=True):
         np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-5)
