@@ -133,7 +133,7 @@ def test_a_small_request_does_not_wait_for_all_of_a_large_one(asked: Asked) -> N
 def test_sigterm_answers_what_was_accepted(serve: Serve, slow_bundle: Path) -> None:
     server = serve(slow_bundle, "--instances", "1", "--grace-seconds", "0")
     asked = Asked(server)
-    calls = [asked.occupy(10)]
+    calls = [asked.occupy(16, priority=1)]
     calls += [asked.stub.ModelInfer.future(message()) for _ in range(12)]
     server.wait_until(lambda: server.metric("trivium_in_flight_requests") == 13)
     server.process.send_signal(signal.SIGTERM)
