@@ -17,7 +17,7 @@ if(NOT CMAKE_CUDA_COMPILER)
 endif()
 enable_language(CUDA)
 
-# Machine code for Ampere (and Ada), Hopper and Blackwell; newer cards compile the last one's PTX when they first load it.
+# Machine code for Ampere (and Ada), Hopper and Blackwell; newer cards compile the last one's PTX at first use.
 if(NOT chosen_architectures)
   if(CMAKE_CUDA_COMPILER_VERSION VERSION_GREATER_EQUAL 12.8)
     set(chosen_architectures 80-real 90-real 100)

@@ -393,7 +393,8 @@ int mcheads_cuda_devices(void) {
   }
   for (int device = 0; device < count; ++device) {
     int major = 0;
-    if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major >= 8) ++usable;
+    const cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    if (error == cudaSuccess && major >= 8) ++usable;
   }
   return usable;
 }
@@ -406,7 +407,8 @@ int mcheads_cuda_create(mcheads_cuda_model** model, int64_t heads, int64_t featu
   *model = nullptr;
   if (heads < 1 || heads > kMaxHeads || classes < 1 || classes > kMaxExtent || units < 1 || units > kMaxExtent ||
       passes < 1 || passes > kMaxPasses)
-    return fail(MCHEADS_CUDA_INVALID, "heads must lie in [1, 64], passes in [1, 65535], classes and units in [1, 2^24]");
+    return fail(MCHEADS_CUDA_INVALID,
+                "heads must lie in [1, 64], passes in [1, 65535], classes and units in [1, 2^24]");
   if (feature_heads != 1 && feature_heads != heads)
     return fail(MCHEADS_CUDA_INVALID, "feature_heads must be 1 or the number of heads");
   if (!(keep > 0.f && keep <= 1.f)) return fail(MCHEADS_CUDA_INVALID, "keep must lie in (0, 1]");
@@ -469,7 +471,8 @@ int mcheads_cuda_destroy(mcheads_cuda_model* model) {
 }
 
 int mcheads_cuda_workspace(const mcheads_cuda_model* model, int64_t batch, int64_t* bytes) {
-  if (model == nullptr || bytes == nullptr || batch < 0) return fail(MCHEADS_CUDA_INVALID, "no model, or a batch below 0");
+  if (model == nullptr || bytes == nullptr || batch < 0)
+    return fail(MCHEADS_CUDA_INVALID, "no model, or a batch below 0");
   *bytes = model->layout(std::min(batch, model->slab)).bytes;
   return MCHEADS_CUDA_OK;
 }

@@ -1,8 +1,8 @@
 // Logits of all passes -> mean probabilities, entropies, mutual information, divergences and energy.
 //
-// Up to resident_row(kResidentQuads) classes, one block per picture and head keeps its means in shared memory; where the card has
-// clusters, the heads of a picture are one cluster and read each other's means there. Beyond, three kernels stream:
-// rows (log-sum-exp and entropy of a pass), means (over passes, class by class), divergences.
+// Up to 1024 classes, one block per picture and head keeps its means in shared memory; where the card has clusters, the
+// heads of a picture are one cluster and read each other's means there. Beyond, three kernels stream: rows (log-sum-exp
+// and entropy of a pass), means (over passes, class by class), divergences.
 #pragma once
 
 #include "cuda_block.h"
@@ -132,8 +132,10 @@ __global__ void __launch_bounds__(kResidentThreads, 2) statistics_kernel(const S
       float sum = 0.f, moment = 0.f;
 #pragma unroll
       for (int q = 0; q < kQuads; ++q) {
-        value[q].x = shifted_exp(value[q].x - top, sum, moment), value[q].y = shifted_exp(value[q].y - top, sum, moment);
-        value[q].z = shifted_exp(value[q].z - top, sum, moment), value[q].w = shifted_exp(value[q].w - top, sum, moment);
+        value[q].x = shifted_exp(value[q].x - top, sum, moment);
+        value[q].y = shifted_exp(value[q].y - top, sum, moment);
+        value[q].z = shifted_exp(value[q].z - top, sum, moment);
+        value[q].w = shifted_exp(value[q].w - top, sum, moment);
       }
       sum = warp_sum(sum);
       moment = warp_sum(moment);

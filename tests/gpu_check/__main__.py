@@ -92,7 +92,7 @@ def run_parity(
         elif not outcome.case.outliers:
             p, s = worst.get(outcome.arithmetic, (0.0, 0.0))
             worst[outcome.arithmetic] = (max(p, outcome.probability_error), max(s, outcome.statistic_error))
-    if problem := parity.check_streams(library, device):
+    if graphs and (problem := parity.check_streams(library, device)):
         wrong.append(f"two streams at once: {problem}")
     errors = [f"{name} {p:.1e} in probabilities, {s:.1e} in statistics" for name, (p, s) in worst.items()]
     lines = [
@@ -114,7 +114,11 @@ def sanitize(library: Path, tool: str) -> tuple[str, bool]:
         return f"compute-sanitizer {tool}: not installed, not run.  ", True
     command = [program, "--tool", tool, "--error-exitcode", "99", "--kernel-regex", "kns=trivium"]
     command += [sys.executable, "-m", str(__package__), "--sanitized", str(library)]
-    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT / ".namespace"),
+        "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",  # blocks of their own, so that memcheck sees where they end
+    }
     result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=environment)
     output = result.stdout + result.stderr
     if result.returncode == 0:

@@ -73,6 +73,8 @@ ALL = [
     Case(1, 8, 1000, 64, 32),
 ]
 
+STREAMS = Case(16, 3, 1000, 768, 32)
+
 
 def draw(case: Case, seed: int) -> tuple[torch.Tensor, Arrays]:
     rng = np.random.default_rng([seed, *(int(v) for v in case[:5])])
@@ -145,20 +147,22 @@ def check(library: CudaLibrary, cases: list[Case], device: torch.device, graphs:
             yield Outcome(case, arithmetic, p, s, problem)
 
 
-def check_streams(library: CudaLibrary, device: torch.device, rounds: int = 20) -> str:
+def check_streams(library: CudaLibrary, device: torch.device, case: Case = STREAMS, rounds: int = 20) -> str:
     """One model each on two streams at once, features changed between runs; what is wrong, or nothing."""
-    case = Case(16, 3, 1000, 768, 32)
     runs = []
     for seed in (1, 2):
         features, arrays = draw(case, seed)
-        runs.append((features, arrays, Heads(library, features.to(device), *arrays, FLOAT32)))
-    streams = [torch.cuda.Stream(device) if device.type == "cuda" else None for _ in runs]
+        runs.append((features, arrays, Heads(library, features.to(device, copy=True), *arrays, FLOAT32)))
+    streams: list[torch.cuda.Stream | None] = [None for _ in runs]
+    if device.type == "cuda":
+        streams = [torch.cuda.Stream(device) for _ in runs]
+        torch.cuda.synchronize()
     for _ in range(rounds):
         for stream, (features, _, heads) in zip(streams, runs, strict=True):
             with torch.cuda.stream(stream):
                 heads.features.zero_()
                 heads.run()
-                heads.features.copy_(features.to(device))
+                heads.features.copy_(features)
                 heads.run()
     if device.type == "cuda":
         torch.cuda.synchronize()

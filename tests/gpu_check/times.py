@@ -79,6 +79,8 @@ def measure(
     bandwidth = copy_bandwidth(device, 1 << 30 if device.type == "cuda" else 1 << 10)
     for shape in shapes:
         yield measure_shape(library, device, bandwidth, shape, with_compile)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # each captured graph had a pool of its own
 
 
 def measure_shape(

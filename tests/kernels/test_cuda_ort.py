@@ -7,6 +7,7 @@ import gc
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -43,7 +44,7 @@ def draw(heads: int, classes: int, units: int, passes: int) -> Model:
     )
 
 
-def session(library: Path, model: Model, own: bool = False, constant: bool = True) -> ort.InferenceSession:
+def session(library: Path, model: Model, own: bool = False, constant: bool = True) -> Any:
     """A graph of the one node; with constant=False everything is an input."""
     helper, proto = onnx.helper, onnx.TensorProto
     shape = ["N", *model[0].shape[:1], model[0].shape[2]] if own else ["N", model[0].shape[2]]
