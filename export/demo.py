@@ -274,7 +274,7 @@ def main() -> None:
     parser.add_argument(
         "--pictures", type=int, default=24, help="clean and corrupted ones to ask about (default 24 each)"
     )
-    parser.add_argument("--test-pictures", type=int, default=1000, help="of the evaluation (default 1000)")
+    parser.add_argument("--test-pictures", type=int, default=400, help="of the evaluation (default 400)")
     parser.add_argument(
         "--set", dest="settings", metavar="KEY=VALUE", action="append", default=[], help="change the recipe"
     )
