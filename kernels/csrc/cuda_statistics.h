@@ -14,6 +14,8 @@ constexpr int kResidentQuads = 8;
 constexpr int kResidentThreads = 32 * kMaxWarps;
 constexpr int kStreamThreads = 256;
 constexpr int kMeanThreads = 128;
+constexpr float kBitsPerNat = 1.44269504f;  // log2 e
+constexpr float kNoClass = -1e30f;
 
 struct StatisticsArguments {
   // [B, R, K, stride], before bias and temperature. R = T; or, where the second half of the masks is the complement of
@@ -73,12 +75,16 @@ __device__ __forceinline__ float picture_poison(const StatisticsArguments& a, in
   return poison;
 }
 
-// e^below, added to the sum, and below e^below to its moment.
-__device__ __forceinline__ float shifted_exp(float below, float& sum, float& moment) {
-  const float e = expf(below);
-  sum += e;
-  moment = fmaf(e, fmaxf(below, -126.f), moment);  // where e is 0 below may be minus infinity, and the term is 0
-  return e;
+// 2^below, added to the sum, and below 2^below to its moment.
+__device__ __forceinline__ float shifted_power(float below, float& sum, float& moment) {
+  const float power = quick_exp2(below);
+  sum += power;
+  moment = fmaf(power, below, moment);
+  return power;
+}
+
+__device__ __forceinline__ float4 times(float4 four, float factor) {
+  return make_float4(four.x * factor, four.y * factor, four.z * factor, four.w * factor);
 }
 
 // Classes of a row in the shared memory of statistics_kernel<kQuads>.
@@ -98,27 +104,29 @@ __global__ void __launch_bounds__(kResidentThreads, 2) statistics_kernel(const S
   const int warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   constexpr int kRow = resident_row(kQuads);
   float* const tile = shared_floats();
-  float* const bases = tile + warps * kRow;  // what a pass and its complement add to their rows
+  float* const bases = tile + warps * kRow;  // what a pass and its complement add to their rows, in bits
   float* const slots = bases + 2 * kRow;  // [3 + K, kMaxWarps]: energy, entropy of the passes, of the mean, divergences
 
   const PictureRows logits(a, picture, head);
   for (int quad = threadIdx.x; 4 * quad < stride; quad += blockDim.x) {
-    reinterpret_cast<float4*>(bases)[quad] = logits.bias[quad];
-    if (a.antithetic) reinterpret_cast<float4*>(bases + kRow)[quad] = logits.complement_base(a.rows, quad);
+    reinterpret_cast<float4*>(bases)[quad] = times(logits.bias[quad], kBitsPerNat);
+    if (a.antithetic)
+      reinterpret_cast<float4*>(bases + kRow)[quad] = times(logits.complement_base(a.rows, quad), kBitsPerNat);
   }
   __syncthreads();
-  // A base of minus infinity takes what is beyond the classes out of every softmax.
-  for (int c = classes + threadIdx.x; c < kRow; c += blockDim.x) bases[c] = bases[kRow + c] = -INFINITY;
+  // This base takes what is beyond the classes out of every softmax; it is finite, so that 0 times it is 0.
+  for (int c = classes + threadIdx.x; c < kRow; c += blockDim.x) bases[c] = bases[kRow + c] = kNoClass;
   __syncthreads();
 
   const int leaders = a.antithetic ? a.passes / 2 : a.passes;
+  const float bits = logits.scale * kBitsPerNat;  // powers of two are what the hardware computes
   float energies = 0.f, entropies = 0.f;
   float4* const own_tile = reinterpret_cast<float4*>(tile + warp * kRow);
   for (int row = warp; row < leaders; row += warps) {
     for (int side = 0; side < (a.antithetic ? 2 : 1); ++side) {
       const float4* const product = logits.row(row);
       const float4* const base = reinterpret_cast<const float4*>(bases + side * kRow);
-      const float scale = side == 0 ? logits.scale : -logits.scale;
+      const float scale = side == 0 ? bits : -bits;
       float4 value[kQuads];
       float top = -INFINITY;
 #pragma unroll
@@ -132,15 +140,15 @@ __global__ void __launch_bounds__(kResidentThreads, 2) statistics_kernel(const S
       float sum = 0.f, moment = 0.f;
 #pragma unroll
       for (int q = 0; q < kQuads; ++q) {
-        value[q].x = shifted_exp(value[q].x - top, sum, moment);
-        value[q].y = shifted_exp(value[q].y - top, sum, moment);
-        value[q].z = shifted_exp(value[q].z - top, sum, moment);
-        value[q].w = shifted_exp(value[q].w - top, sum, moment);
+        value[q].x = shifted_power(value[q].x - top, sum, moment);
+        value[q].y = shifted_power(value[q].y - top, sum, moment);
+        value[q].z = shifted_power(value[q].z - top, sum, moment);
+        value[q].w = shifted_power(value[q].w - top, sum, moment);
       }
       sum = warp_sum(sum);
       moment = warp_sum(moment);
-      energies += top + logf(sum);
-      entropies += logf(sum) - moment / sum;
+      energies += top / kBitsPerNat + logf(sum);
+      entropies += logf(sum) - moment / (sum * kBitsPerNat);
       const float share = 1.f / (sum * static_cast<float>(a.passes));
       const bool fresh = row == warp && side == 0;
 #pragma unroll

@@ -52,6 +52,10 @@ namespace trivium {
 float* shared_floats();
 void sync_cluster();
 const float* peer_shared(float* own, int rank);
+inline float quick_exp2(float x) {
+  const float power = std::exp2(x);
+  return power < 1.17549435e-38f ? 0.f : power;
+}
 }  // namespace trivium
 
 using cudaStream_t = void*;
