@@ -7,9 +7,6 @@ import os
 import sys
 from pathlib import Path
 
-# Read when torch loads OpenMP: threads that spin at barriers burn several times the CPU where cores are contended.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
 import yaml
 from rich.console import Console
 

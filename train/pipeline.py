@@ -5,21 +5,19 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 
-from trivium.runtime.bundle import Preprocessing, digest
+from trivium.runtime.bundle import digest
 from trivium.runtime.errors import ConfigError
 
-from .backbone import Classifier, create, load_weights, preprocessing_of, read_state, split
+from .backbone import create, load_weights, read_state
 from .checkpoint import (
     WEIGHTS,
     Architecture,
@@ -30,20 +28,17 @@ from .checkpoint import (
     save_tensors,
     write_json,
 )
-from .data import load_pictures
-from .loop import Stage, accuracy, derive, fingerprint, fit, machine
-from .losses import clean_loss, combined_loss, robust_loss, uncertainty_weight
-from .mc import normalise
+from .feed import Feed
+from .loop import Loss, Stage, accuracy, derive, fingerprint, fit, machine
+from .objectives import original_objective, student_objective, teacher_objective
 from .progress import Watch
 from .recipe import Model, Recipe
+from .stages import Classifier, split
 from .student import Student
-from .teacher import Preflight, judge, teacher_loss, teacher_passes
-from .views import Shifts, clean_view
+from .teacher import Preflight, judge
 
 MODEL = "model.safetensors"
 STAGE = "stage.json"
-GLANCE = 1000
-"""Calibration pictures that an epoch's check looks at."""
 CHECKED = 5000
 """Calibration pictures, at most, that the teacher's check looks at."""
 
@@ -68,36 +63,11 @@ class Run:
         if recipe.threads:
             torch.set_num_threads(recipe.threads)
         self.machine = machine(recipe.device, recipe.precision)
-        probe = create(recipe.original.model, None, recipe.original.kwargs)
-        preprocessing = preprocessing_of(probe, recipe.input.model_dump())
-        self.pictures = load_pictures(
-            recipe.data, "train", preprocessing, train_transform=recipe.views.crop == "resized"
-        )
-        self.held_out = load_pictures(recipe.data, "calibration", preprocessing)
-        if len(self.pictures) < 2 or len(self.held_out) == 0:
-            raise ConfigError(
-                f"the data has {len(self.pictures)} pictures to train on and {len(self.held_out)} held out for "
-                "calibration: at least 2 and 1 are needed"
-            )
-        self.classes = list(self.pictures.classes)
-        self.labels = torch.from_numpy(self.pictures.labels)
-        sample = self._sample()
-        if recipe.original.weights == "train":
-            preprocessing = _measured(preprocessing, recipe, sample)
-        self.preprocessing: Preprocessing = preprocessing
-        grey = bool((sample[:, 0] == sample[:, 1]).all() and (sample[:, 1] == sample[:, 2]).all())
-        size = (preprocessing.height, preprocessing.width)
-        self.shifts = Shifts(recipe.shifts, size, derive(recipe.seed, "mixing"), grey)
-        self.other_shifts = Shifts(recipe.shifts, size, derive(recipe.seed, "held-out mixing"), grey)
-        teacher_shifts = recipe.teacher.shifts if recipe.teacher else None
-        self.teacher_shifts = (
-            Shifts(teacher_shifts, size, derive(recipe.seed, "mixing"), grey) if teacher_shifts else self.shifts
-        )
-        self.description = self.pictures.describe()
+        self.feed = Feed(recipe, self.machine)
         self.common = (
             recipe.seed,
-            self.description["digest"],
-            preprocessing.model_dump(),
+            self.feed.description["digest"],
+            self.feed.preprocessing.model_dump(),
             recipe.views.model_dump(),
             str(self.machine.device.type),
             self.machine.bfloat16,
@@ -107,29 +77,33 @@ class Run:
 
     def train(self) -> CheckpointMeta:
         """All stages, in order."""
-        for skipped in self.pictures.skipped[:5]:
+        recipe, feed = self.recipe, self.feed
+        for skipped in self.feed.pictures.skipped[:5]:
             self.watch.say(f"skipped: {skipped[0]}: {skipped[1]}")
         self.watch.say(
-            f"data: {self.description['source']}: {len(self.pictures)} pictures to train, {len(self.held_out)} held "
-            f"out, {len(self.classes)} classes, {self.preprocessing.height} x {self.preprocessing.width}; "
+            f"data: {feed.description['source']}: {len(feed.pictures)} pictures to train, {len(feed.held_out)} held "
+            f"out, {len(feed.classes)} classes, {feed.preprocessing.height} x {feed.preprocessing.width}; "
             f"{self.machine.device.type}, {'bfloat16' if self.machine.bfloat16 else 'float32'}, "
             f"{torch.get_num_threads()} threads"
         )
-        recipe = self.recipe
-        original, original_print = self._model("original", recipe.original, self._original_loss)
+        settings = recipe.teacher
+        original, original_print = self._model(
+            "original", recipe.original, lambda model: original_objective(feed, model, recipe.original)
+        )
         teacher, teacher_print = None, "none"
-        if recipe.teacher:
-            teacher_settings = recipe.teacher
-            shifts = (teacher_settings.shifts or recipe.shifts).model_dump()
-            teacher, teacher_print = self._model("teacher", teacher_settings, self._teacher_loss, shifts)
+        if settings is not None:
+            shifts = (settings.shifts or recipe.shifts).model_dump()
+            teacher, teacher_print = self._model(
+                "teacher", settings, lambda model: teacher_objective(feed, model, settings), shifts
+            )
             if recipe.preflight != "off":
                 self._preflight(original, teacher, fingerprint(original_print, teacher_print))
         student = self._student(original, teacher, fingerprint(original_print, teacher_print))
         meta = CheckpointMeta(
             name=recipe.name,
-            classes=self.classes,
+            classes=feed.classes,
             heads=list(student.head_names),
-            preprocessing=self.preprocessing,
+            preprocessing=feed.preprocessing,
             dropout=recipe.heads.dropout,
             architecture=Architecture(
                 model=recipe.original.model,
@@ -138,7 +112,7 @@ class Run:
                 tail=recipe.heads.tail,
                 freeze_norm=recipe.heads.freeze_norm,
             ),
-            data=self.description,
+            data=feed.description,
             recipe=recipe.model_dump(mode="json"),
             costs=self.costs,
             results=self.results,
@@ -150,7 +124,9 @@ class Run:
         self.watch.say(f"checkpoint: {self.out}")
         return meta.model_copy(update={"weights_sha256": digest(self.out / WEIGHTS)})
 
-    def _model(self, name: str, settings: Model, loss: Callable[..., Any], more: Any = None) -> tuple[Classifier, str]:
+    def _model(
+        self, name: str, settings: Model, objective: Callable[[nn.Module], Loss], more: Any = None
+    ) -> tuple[Classifier, str]:
         """A whole timm model, trained or fetched, as a frozen Classifier; and its fingerprint."""
         directory = self.out / name
         weights = settings.weights
@@ -158,18 +134,20 @@ class Run:
         mark = fingerprint(name, *self.common, settings.model_dump(exclude={"weights"}), source, more)
         torch.manual_seed(derive(self.recipe.seed, name, "initial"))
         done = self._done(name, directory, mark, directory / MODEL)
-        model = create(settings.model, len(self.classes), settings.kwargs, pretrained=weights == "hub" and not done)
+        model = create(
+            settings.model, len(self.feed.classes), settings.kwargs, pretrained=weights == "hub" and not done
+        )
         if done:
             model.load_state_dict(read_state(directory / MODEL))
         else:
             fitting = weights == "train"
             if weights == "hub":
-                fitting = model.pretrained_cfg.get("num_classes") == len(self.classes)  # type: ignore[union-attr, operator]
+                fitting = model.pretrained_cfg.get("num_classes") == len(self.feed.classes)  # type: ignore[union-attr, operator]
             elif not fitting:
                 fitting = load_weights(model, weights, self.watch.say)
             if not fitting and settings.schedule is None:
                 raise ConfigError(
-                    f"{name}: these weights were made for other classes than the {len(self.classes)} of the data: "
+                    f"{name}: these weights were made for other classes than the {len(self.feed.classes)} of the data: "
                     f"give {name}.schedule to fine-tune them"
                 )
             cost, figures = Cost(), dict[str, float]()
@@ -178,21 +156,23 @@ class Run:
                 stage = Stage(
                     name=name,
                     model=model,
-                    loss=lambda x, indices, generator: loss(model, x, indices, generator),
-                    fetch=self._fetch,
-                    pictures=len(self.pictures),
+                    loss=objective(model),
+                    fetch=self.feed.fetch,
+                    pictures=len(self.feed.pictures),
                     schedule=settings.schedule,
                     directory=directory,
                     fingerprint=mark,
                     seed=self.recipe.seed,
-                    check=lambda: self._glance(lambda x: model(x)),
+                    check=lambda: self.feed.glance(model),
                 )
                 cost, figures = fit(stage, self.machine, self.watch)
             directory.mkdir(parents=True, exist_ok=True)
             save_tensors(directory / MODEL, model.state_dict())
             self._finish(name, directory, mark, cost, figures)
         self.machine.place(model)
-        frozen = split(model, self.preprocessing.height, self.preprocessing.width).eval().requires_grad_(False)
+        frozen = (
+            split(model, self.feed.preprocessing.height, self.feed.preprocessing.width).eval().requires_grad_(False)
+        )
         return frozen, mark
 
     def _student(self, original: Classifier, teacher: Classifier | None, upstream: str) -> Student:
@@ -209,16 +189,16 @@ class Run:
         stage = Stage(
             name="student",
             model=student,
-            loss=lambda x, indices, generator: self._student_loss(student, teacher, x, indices, generator),
-            fetch=self._fetch,
-            pictures=len(self.pictures),
+            loss=student_objective(self.feed, student, teacher, recipe.student),
+            fetch=self.feed.fetch,
+            pictures=len(self.feed.pictures),
             schedule=recipe.student.schedule,
             directory=directory,
             fingerprint=mark,
             seed=recipe.seed,
             kept=Student.is_tuned,
             lr_scale=lambda name: recipe.student.tail_lr if name.startswith("branches.") else 1.0,
-            check=lambda: self._glance_heads(student),
+            check=lambda: self.feed.glance_heads(student),
         )
         cost, figures = fit(stage, self.machine, self.watch)
         save_tensors(directory / MODEL, {k: v for k, v in student.state_dict().items() if Student.is_tuned(k)})
@@ -262,133 +242,17 @@ class Run:
         else:
             cpu, wall = time.process_time(), time.monotonic()
             rows = {
-                f"{who}_{kind}": accuracy(self._answer(model), self._held_out_batches(CHECKED, kind == "shifted"))
+                f"{who}_{kind}": accuracy(
+                    self.feed.answer(model), self.feed.held_out_batches(CHECKED, kind == "shifted")
+                )
                 for who, model in (("original", original), ("teacher", teacher))
                 for kind in ("clean", "shifted")
             }
-            result = Preflight(pictures=min(CHECKED, len(self.held_out)), **rows)
+            result = Preflight(pictures=min(CHECKED, len(self.feed.held_out)), **rows)
             cost = Cost(cpu_seconds=time.process_time() - cpu, wall_seconds=time.monotonic() - wall)
             write_json(file, {"fingerprint": mark, "result": result.model_dump(), "cost": cost.model_dump()})
         self.costs["preflight"], self.results["preflight"] = cost, result.model_dump()
         judge(result, "refuse" if self.recipe.preflight == "refuse" else "warn", self.watch.say)
-
-    def _fetch(self, indices: NDArray[np.int64], generator: torch.Generator) -> Tensor:
-        return self.pictures.batch(indices, generator)
-
-    def _views(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        return clean_view(x.float() / 255, self.recipe.views, generator)
-
-    def _normalise(self, x: Tensor) -> Tensor:
-        return normalise(x, self.preprocessing).contiguous(memory_format=torch.channels_last)
-
-    def _labels(self, indices: NDArray[np.int64]) -> Tensor:
-        return self.labels[torch.from_numpy(indices)].to(self.machine.device)
-
-    def _original_loss(
-        self, model: nn.Module, x: Tensor, indices: NDArray[np.int64], generator: torch.Generator
-    ) -> tuple[Tensor, dict[str, float]]:
-        schedule = self.recipe.original.schedule
-        smoothing = schedule.label_smoothing if schedule else 0.0
-        pictures = self._normalise(self._views(x, generator))
-        with self.machine.autocast():
-            logits = model(pictures)
-        labels = self._labels(indices)
-        return nn.functional.cross_entropy(logits.float(), labels, label_smoothing=smoothing), {}
-
-    def _teacher_loss(
-        self, model: nn.Module, x: Tensor, indices: NDArray[np.int64], generator: torch.Generator
-    ) -> tuple[Tensor, dict[str, float]]:
-        settings = self.recipe.teacher
-        assert settings is not None, "only called for a recipe with a teacher"
-        smoothing = settings.schedule.label_smoothing if settings.schedule else 0.0
-        pictures, labels = self._views(x, generator), self._labels(indices)
-        with self.machine.autocast():
-            return teacher_loss(
-                model, pictures, labels, generator, self.teacher_shifts, self._normalise, settings.loss,
-                settings.jsd_weight, settings.clean_share, smoothing,
-            )  # fmt: skip
-
-    def _student_loss(
-        self,
-        student: Student,
-        teacher: Classifier | None,
-        x: Tensor,
-        indices: NDArray[np.int64],
-        generator: torch.Generator,
-    ) -> tuple[Tensor, dict[str, float]]:
-        settings, labels = self.recipe.student, self._labels(indices)
-        clean = self._views(x, generator)
-        shifted = self._normalise(self.shifts(clean, generator))
-        weight = teacher_logits = None
-        with self.machine.autocast():
-            with torch.no_grad():
-                z, z_shifted = student.trunk(torch.cat([self._normalise(clean), shifted])).chunk(2)
-                original = student.original_from_trunk(z).float()
-                if teacher is not None:
-                    wanted = settings.teacher_passes if settings.uncertainty == "mutual_information" else 1
-                    passes = teacher_passes(teacher, shifted, wanted, student.dropout_rate)
-                    weight = uncertainty_weight(passes, settings.uncertainty)
-                    teacher_logits = passes.logsumexp(0) if wanted == 1 else passes.softmax(-1).mean(0).log()
-            losses = {}
-            for index, name in enumerate(student.head_names):
-                if name == "clean":
-                    logits = student.logits(index, student.branch(index, z))
-                    losses[name] = clean_loss(logits, labels, original, settings.tau, settings.alpha)
-                elif name == "robust":
-                    logits = student.logits(index, student.branch(index, z_shifted))
-                    losses[name] = robust_loss(logits, labels, teacher_logits, weight, settings.tau, settings.beta)
-                else:
-                    both = student.logits(index, student.branch(index, torch.cat([z, z_shifted])))
-                    on_clean, on_shifted = both.chunk(2)
-                    losses[name] = combined_loss(
-                        on_clean, on_shifted, labels, original, teacher_logits, weight, settings.tau, settings.gamma
-                    )
-        total = torch.stack(list(losses.values())).sum()
-        return total, {name: loss.item() for name, loss in losses.items()}
-
-    def _glance(self, model: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        return {
-            kind: accuracy(self._answer(model), self._held_out_batches(GLANCE, kind == "shifted"))
-            for kind in ("clean", "shifted")
-        }
-
-    def _glance_heads(self, student: Student) -> dict[str, float]:
-        figures = dict[str, float]()
-        for kind in ("clean", "shifted"):
-            right = np.zeros(len(student.head_names))
-            total = 0
-            for pictures, labels in self._held_out_batches(GLANCE, kind == "shifted"):
-                with torch.no_grad():
-                    answers = self._answer(student)(pictures).argmax(-1).cpu().numpy()
-                right += (answers == labels[:, None]).sum(0)
-                total += len(labels)
-            figures |= {f"{name}_{kind}": float(r / total) for name, r in zip(student.head_names, right, strict=True)}
-        return figures
-
-    def _answer(self, model: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        def answer(pictures: Tensor) -> Tensor:
-            with self.machine.autocast():
-                return model(self._normalise(pictures)).float()
-
-        return answer
-
-    def _held_out_batches(self, most: int, shifted: bool) -> Iterator[tuple[Tensor, NDArray[np.int64]]]:
-        """Pictures [B, 3, H, W] in [0, 1] of the calibration split, the same ones each time, and their labels."""
-        chosen = np.random.default_rng(self.recipe.seed).permutation(len(self.held_out))[:most]
-        for start in range(0, len(chosen), 250):
-            indices = chosen[start : start + 250]
-            pictures = self.machine.channels_last(self.held_out.batch(indices)).float() / 255
-            if shifted:
-                generator = torch.Generator().manual_seed(derive(self.recipe.seed, "held-out", start))
-                pictures = self.other_shifts(pictures, generator)
-            yield pictures, self.held_out.labels[indices]
-
-    def _sample(self, most: int = 1000) -> Tensor:
-        """Some training pictures, uint8, without crops or mirrors."""
-        chosen = np.random.default_rng(0).permutation(len(self.pictures))[:most]
-        if self.recipe.views.crop == "none":
-            return self.pictures.batch(chosen)
-        return self.pictures.batch(chosen[:64], torch.Generator().manual_seed(0))
 
 
 def cost_table(costs: dict[str, Cost]) -> Table:
@@ -406,16 +270,3 @@ def cost_table(costs: dict[str, Cost]) -> Table:
         counts = (cost.epochs, cost.pictures, cost.parameters)
         table.add_row(name, *(f"{value:.1f}" for value in row), *(f"{value:,}" if value else "" for value in counts))
     return table
-
-
-def _measured(preprocessing: Preprocessing, recipe: Recipe, sample: Tensor) -> Preprocessing:
-    """Mean and standard deviation of the data, where the recipe gives none and no pretrained weights expect others."""
-    pixels = sample.double().div(255).transpose(0, 1).flatten(1)
-    mean = tuple(round(value, 4) for value in pixels.mean(1).tolist())
-    std = tuple(round(max(value, 1e-3), 4) for value in pixels.std(1).tolist())
-    update = {}
-    if recipe.input.mean is None:
-        update["mean"] = mean
-    if recipe.input.std is None:
-        update["std"] = std
-    return preprocessing.model_copy(update=update)

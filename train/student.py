@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from trivium.runtime.errors import ConfigError
 
-from .backbone import Classifier, _bias
+from .stages import Classifier, bias_of
 
 Tail = Literal["copied", "shared"]
 
@@ -94,7 +94,7 @@ class Student(nn.Module):
     def head_weights(self) -> tuple[Tensor, Tensor]:
         """(weights [K, C, D], bias [K, C])."""
         heads = [head for head in self.heads if isinstance(head, nn.Linear)]
-        return torch.stack([head.weight for head in heads]), torch.stack([_bias(head) for head in heads])
+        return torch.stack([head.weight for head in heads]), torch.stack([bias_of(head) for head in heads])
 
     def original_from_trunk(self, z: Tensor) -> Tensor:
         """Trunk features -> the original classifier's logits [B, C]."""
