@@ -1,17 +1,21 @@
 """torch.ops.trivium.mc_heads: MCHeads as one node for torch.compile and torch.export; import it to register it.
 
-On a CPU it runs the fused kernel, elsewhere the same equations in torch. It has no gradient.
+On a CPU it runs the fused kernel; on a CUDA card the CUDA kernels, where libtrivium was built with them; elsewhere the
+same equations in torch. It has no gradient.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from functools import cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .cuda_tensors import CudaHeads
 from .heads import MCHeads
+from .native import library_path
 from .reference import check_shapes
 
 PACKED_MODELS = 4
@@ -29,6 +33,12 @@ def mc_heads(
     Raises: ValueError where shapes do not fit.
     """
     _check(features, weights, bias, temperature, masks, keep)
+    return _composite(features, weights, bias, temperature, masks, keep)
+
+
+def _composite(
+    features: Tensor, weights: Tensor, bias: Tensor, temperature: Tensor, masks: Tensor, keep: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     h, w, b, tau = (t.float() for t in (features, weights, bias, temperature))
     h = h if h.dim() == 3 else h[:, None]
     finite = h.isfinite().all(-1).all(-1)
@@ -70,6 +80,31 @@ def _(
     out = heads(features.detach().float().contiguous().numpy(), threads=min(torch.get_num_threads(), 256))
     probabilities, entropy, information, divergence, energy = (torch.from_numpy(np.asarray(a)) for a in out)
     return probabilities, entropy, information, divergence, energy
+
+
+@mc_heads.register_kernel("cuda")
+def _(
+    features: Tensor, weights: Tensor, bias: Tensor, temperature: Tensor, masks: Tensor, keep: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    _check(features, weights, bias, temperature, masks, keep)
+    heads = _cuda_heads()
+    if heads is None:
+        return _composite(features, weights, bias, temperature, masks, keep)
+    h = features if features.dtype in (torch.float32, torch.float16, torch.bfloat16) else features.float()
+    w, b, tau = (t.detach().float().contiguous() for t in (weights, bias, temperature))
+    with torch.cuda.device(features.device):
+        stream = torch.cuda.current_stream().cuda_stream
+        return heads(h.detach().contiguous(), w, b, tau, masks.to(torch.uint8).contiguous(), keep, stream=stream)
+
+
+@cache
+def _cuda_heads() -> CudaHeads | None:
+    """The CUDA kernels, where libtrivium holds them and the card is new enough."""
+    try:
+        heads = CudaHeads(library_path())
+    except (OSError, AttributeError):
+        return None
+    return heads if heads.library.devices() > 0 else None
 
 
 @mc_heads.register_fake
