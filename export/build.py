@@ -32,7 +32,7 @@ def build(
     name: str | None = None,
     version: str = "1",
     router: str | None = None,
-    calibration_pictures: int = 3000,
+    calibration_pictures: int = 5000,
     force: bool = False,
     console: Console,
 ) -> Bundle:
@@ -101,7 +101,7 @@ def calibration_table(calibration: Calibration) -> Table:
         "accuracy": "accuracy",
         "accuracy_clean": "clean",
         "accuracy_shifted": "shifted",
-        "difference": "over best head [95 %]",
+        "difference": "over null head [95 %]",
         "negative_flips": "flips",
     }
     for header in columns.values():

@@ -130,7 +130,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--force", action="store_true", help="replace a bundle that exists")
     group = parser.add_argument_group("from a checkpoint")
     group.add_argument(
-        "--calibration-pictures", type=positive, default=3000, metavar="N", help="at most (default 3000)"
+        "--calibration-pictures", type=positive, default=5000, metavar="N", help="at most (default 5000)"
     )
     group.add_argument(
         "--data", type=Path, metavar="DIR", help="where the pictures lie now, if they moved since training"

@@ -105,7 +105,7 @@ class Demo:
     def export(self) -> None:
         """The bundle, unless it is this student's already."""
         self.step("export: calibrate, compile to one ONNX graph, compare the implementations")
-        words = ("export", self.student, self.bundle, "--name", self.data, "--calibration-pictures", "2000", "--force")
+        words = ("export", self.student, self.bundle, "--name", self.data, "--force")
         if self.exported():
             self.console.print(
                 f"{self.bundle} is this student's already; [bold]trivium {shlex.join(map(str, words))}[/] makes it anew"

@@ -67,7 +67,7 @@ def calibrate(
     pictures: Pictures,
     dropout: Dropout,
     *,
-    limit: int | None = 3000,
+    limit: int | None = 5000,
     clean_share: float = 0.5,
     seed: int = 0,
     temperatures: bool = True,
@@ -111,8 +111,8 @@ def calibrate(
     settings = fit_rules(observed.take(fit), heads)
     trial = provisional(pictures.classes, heads, pictures.preprocessing, dropout, settings)
     judged = observed.take(~fit)
-    best, candidates = compare_routers(judged, trial, clean_share, seed)
-    chosen, why = choose_router(best, candidates)
+    null, candidates = compare_routers(judged, trial, clean_share, seed)
+    chosen, why = choose_router(null, candidates)
     if router is not None:
         if router not in routers(trial):
             raise ConfigError(f"no router {router!r}; this model has: {', '.join(routers(trial))}")

@@ -64,7 +64,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, tiny_bundle: Path, some_pictu
     pictures = load_pictures(DataSpec(kind="imagefolder", root=root), "test", subject.manifest.preprocessing)
     results, _ = evaluate(subject, pictures, original=subject)
     row = {"router": "combined", "accuracy": 0.8, "accuracy_clean": 0.9, "accuracy_shifted": 0.7, "difference": 0.0,
-           "difference_low": 0.0, "difference_high": 0.0, "worse_on": ""}  # fmt: skip
+           "difference_low": 0.0, "difference_high": 0.0, "may_lose_on": ""}  # fmt: skip
     record = Calibration(
         temperature={"clean": 1.25}, mixture={"clean": 0.5, "speckle_noise": 0.5}, pictures=300, data=NASTY, seed=0,
         routers=[row, {"router": "of another release"}], chosen_because="it was best",
