@@ -9,13 +9,17 @@ endif()
 set(chosen_architectures ${CMAKE_CUDA_ARCHITECTURES})
 include(CheckLanguage)
 check_language(CUDA)
-if(NOT CMAKE_CUDA_COMPILER)
+if(CMAKE_CUDA_COMPILER)
+  enable_language(CUDA)
+  find_package(CUDAToolkit)
+endif()
+if(NOT TARGET CUDA::cudart_static)
   if(NOT TRIVIUM_CUDA STREQUAL "AUTO")
-    message(FATAL_ERROR "TRIVIUM_CUDA is ${TRIVIUM_CUDA}, but there is no nvcc that works with ${CMAKE_CXX_COMPILER}")
+    message(FATAL_ERROR "TRIVIUM_CUDA is ${TRIVIUM_CUDA}, but no nvcc that works with ${CMAKE_CXX_COMPILER} is found, "
+                        "or no static CUDA runtime")
   endif()
   return()
 endif()
-enable_language(CUDA)
 
 # Machine code for Ampere (and Ada), Hopper and Blackwell; newer cards compile the last one's PTX at first use.
 if(NOT chosen_architectures)
@@ -29,7 +33,6 @@ if(NOT chosen_architectures)
   endif()
 endif()
 
-find_package(CUDAToolkit REQUIRED)
 add_library(trivium_cuda OBJECT csrc/cuda_heads.cu csrc/cuda_gemm.cpp csrc/ort_cuda.cpp)
 target_link_libraries(trivium_cuda PRIVATE CUDA::cudart_static)
 set_target_properties(trivium_cuda PROPERTIES
@@ -40,8 +43,7 @@ set_target_properties(trivium_cuda PROPERTIES
   CUDA_VISIBILITY_PRESET hidden
   CXX_VISIBILITY_PRESET hidden)
 target_compile_features(trivium_cuda PRIVATE cxx_std_17)
-# Set, not added to: the directory's options are g++'s, nvcc refuses them.
-set_property(TARGET trivium_cuda PROPERTY COMPILE_OPTIONS
+target_compile_options(trivium_cuda PRIVATE
   $<$<COMPILE_LANGUAGE:CXX>:-Wall> $<$<COMPILE_LANGUAGE:CXX>:-Wextra>
   $<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-Wall,-Wextra>)
 target_compile_definitions(trivium PRIVATE TRIVIUM_CUDA)
