@@ -15,7 +15,52 @@
 namespace trivium {
 namespace {
 
-constexpr int64_t kHugePage = 2 << 20;
+constexpr size_t kHugePage = 2 << 20;
+
+size_t rounded_up(size_t bytes, size_t unit) { return (bytes + unit - 1) / unit * unit; }
+
+}  // namespace
+
+template <class T>
+bool Array<T>::resize(int64_t count) {
+  release();
+  const size_t bytes = rounded_up(static_cast<size_t>(count > 0 ? count : 1) * sizeof(T), kAlignment);
+#if defined(__linux__)
+  if (bytes >= kHugePage) {
+    // Weights are read from end to end for every picture; small pages would double the time that takes. Fresh pages,
+    // because those that the heap gives again stay as small as they were.
+    mapped_bytes_ = rounded_up(bytes, kHugePage) + kHugePage;
+    void* mapping = mmap(nullptr, mapped_bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (mapping == MAP_FAILED) return false;
+    mapped_ = mapping;
+    char* aligned = reinterpret_cast<char*>(rounded_up(reinterpret_cast<uintptr_t>(mapping), kHugePage));
+    madvise(aligned, rounded_up(bytes, kHugePage), MADV_HUGEPAGE);
+    items_ = reinterpret_cast<T*>(aligned);
+    return true;
+  }
+#endif
+  void* memory = std::aligned_alloc(kAlignment, bytes);
+  if (memory == nullptr) return false;
+  std::memset(memory, 0, bytes);
+  items_ = static_cast<T*>(memory);
+  return true;
+}
+
+template <class T>
+void Array<T>::release() {
+#if defined(__linux__)
+  if (mapped_ != nullptr) {
+    munmap(mapped_, mapped_bytes_);
+    mapped_ = nullptr;
+    items_ = nullptr;
+    return;
+  }
+#endif
+  std::free(items_);
+  items_ = nullptr;
+}
+
+namespace {
 
 uint16_t to_bfloat16(float x) {
   uint32_t word;
@@ -140,23 +185,6 @@ bool pack_hybrid(const float* weights, const uint8_t* masks, Model& model) {
 }
 
 }  // namespace
-
-template <class T>
-bool Array<T>::resize(int64_t count) {
-  const int64_t bytes = (count * static_cast<int64_t>(sizeof(T)) + kAlignment - 1) / kAlignment * kAlignment;
-  // Weights are read from end to end for every picture: fewer page-table entries, fewer misses.
-  const bool huge = bytes >= kHugePage;
-  const int64_t rounded = huge ? (bytes + kHugePage - 1) / kHugePage * kHugePage : bytes;
-  void* memory = std::aligned_alloc(huge ? kHugePage : kAlignment, rounded > 0 ? rounded : kAlignment);
-  if (memory == nullptr) return false;
-#if defined(__linux__)
-  if (huge) madvise(memory, rounded, MADV_HUGEPAGE);
-#endif
-  std::memset(memory, 0, rounded);
-  std::free(items_);
-  items_ = static_cast<T*>(memory);
-  return true;
-}
 
 Model::~Model() {
   for (int64_t g = 0; g < group_count; ++g) delete groups[g];

@@ -29,7 +29,7 @@ class Array {
   Array() = default;
   Array(const Array&) = delete;
   Array& operator=(const Array&) = delete;
-  ~Array() { std::free(items_); }
+  ~Array() { release(); }
 
   // False where there is no memory. The items are zero.
   bool resize(int64_t count);
@@ -37,7 +37,11 @@ class Array {
   TRIVIUM_ROW T& operator[](int64_t i) const { return items_[i]; }
 
  private:
+  void release();
+
   T* items_ = nullptr;
+  void* mapped_ = nullptr;  // of large arrays, the mapping in which the items lie
+  size_t mapped_bytes_ = 0;
 };
 
 // Consecutive passes and the packed rows sorted by their units' mask pattern over them; rows of one pattern keep their
