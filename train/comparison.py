@@ -22,7 +22,7 @@ from .observe import Observations
 Floats = NDArray[np.float64]
 
 COMBINED = "combined"
-"""The head trained on clean and shifted pictures alike: the null unless another head is more accurate with confidence."""
+"""The head trained on clean and shifted pictures alike: the null unless another head surely beats it."""
 MARGIN = 0.005
 """Accuracy that a router may lose against the null on the mixture, at most, where it makes fewer negative flips."""
 KIND_MARGIN = 0.02
