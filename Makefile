@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint format bench wheel clean
+.PHONY: help venv demo test test-slow lint format evaluate bench bench-peers bench-serve gpu-check sanitize soak wheel clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,6 +27,9 @@ demo: venv  ## the main job on Fashion-MNIST: train, export, serve, ask, report 
 test: lint  ## lint, types and all fast tests
 	$(BIN)/python -m pytest
 
+test-slow: venv  ## the tests marked slow
+	$(BIN)/python -m pytest -m slow
+
 lint: venv  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -36,8 +39,26 @@ format: venv  ## rewrite the sources in the house's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+SEEDS := 0 1 2
+RESULTS := $(SEEDS:%=build/fashion-mnist/%/results.json)
+
+evaluate: $(RESULTS)  ## the fashion-mnist preset with three seeds: train, export, evaluate, sum up (make -j2 evaluate)
+	$(BIN)/trivium evaluate --summarise $(RESULTS) --out build/fashion-mnist
+
+$(RESULTS): build/fashion-mnist/%/results.json: | venv
+	$(BIN)/trivium data fashion-mnist
+	$(BIN)/trivium train fashion-mnist --seed $* --out $(@D)/student
+	$(BIN)/trivium export $(@D)/student $(@D)/bundle --force
+	$(BIN)/trivium evaluate $(@D)/bundle --original $(@D)/student --pictures 2000 --seed $* --out $(@D)
+
 bench: venv  ## CPU benchmarks into build/bench
 	$(BIN)/python -m tests.bench
+
+bench-serve: venv  ## the server beside its engine (build/bench/serve.json)
+	$(BIN)/python -m tests.bench.serve
+
+soak: venv  ## ten minutes of clients that misbehave
+	TRIVIUM_SOAK_SECONDS=600 $(BIN)/python -m pytest --timeout 900 tests/integration/test_fire.py
 
 wheel: venv  ## one wheel for every Python, in dist
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
