@@ -42,6 +42,7 @@ struct Block {
   std::vector<Warp> warps;
   std::unique_ptr<float4[]> shared;
   size_t shared_floats = 0;
+  unsigned left = 0;
 };
 
 struct Fiber {
@@ -60,6 +61,7 @@ Fiber* current = nullptr;
 const std::function<void()>* body = nullptr;
 std::vector<Block> blocks;
 Barrier cluster_barrier;
+bool released = false;  // some barrier, since the scheduler last looked
 
 int arrive(Barrier& barrier, int predicate) {
   barrier.all &= predicate != 0;
@@ -69,6 +71,7 @@ int arrive(Barrier& barrier, int predicate) {
     barrier.result = barrier.all;
     barrier.all = 1;
     ++barrier.generation;
+    released = true;
   } else {
     current->waits = &barrier;
     current->generation = generation;
@@ -80,6 +83,17 @@ int arrive(Barrier& barrier, int predicate) {
 void enter() {
   (*body)();
   current->done = true;
+}
+
+// Warps in random order; block by block, or all blocks' warps mixed.
+void set_priorities(std::vector<size_t>& order, unsigned threads, bool by_block, std::mt19937& random) {
+  std::vector<std::pair<unsigned, unsigned>> keys(order.size());
+  std::vector<unsigned> of_block(order.size() / threads);
+  for (unsigned& key : of_block) key = by_block ? static_cast<unsigned>(random()) : 0;
+  for (size_t i = 0; i < keys.size(); ++i)
+    keys[i] = {of_block[i / threads], i % 32 == 0 ? static_cast<unsigned>(random()) : keys[i - 1].second};
+  std::iota(order.begin(), order.end(), size_t{0});
+  std::sort(order.begin(), order.end(), [&keys](size_t a, size_t b) { return keys[a] < keys[b]; });
 }
 
 __attribute__((noinline)) void prepare(ucontext_t& context, unsigned char* stack) {
@@ -139,7 +153,7 @@ void run(dim3 grid, dim3 threads, size_t shared_bytes, unsigned cluster, const s
       cluster_barrier = Barrier{};
       cluster_barrier.expected = static_cast<unsigned>(count);
       for (Block& block : blocks) {
-        block.barrier.expected = threads.x;
+        block.barrier.expected = block.left = threads.x;
         block.warps.resize(threads.x / 32);
         for (Warp& warp : block.warps) warp.barrier.expected = 32;
         block.shared_floats = shared_bytes / sizeof(float);
@@ -156,19 +170,27 @@ void run(dim3 grid, dim3 threads, size_t shared_bytes, unsigned cluster, const s
         fiber.done = false;
         prepare(fiber.context, stacks.data() + i * kStackBytes);
       }
+      // Seed 0: every thread goes on by one barrier, then the next round. Any other: a random order of blocks and warps
+      // is a strict priority, so that one runs as far ahead of another as the barriers allow.
+      if (settings.seed != 0) set_priorities(order, threads.x, settings.seed % 2 == 0, random);
       for (size_t left = count; left > 0;) {
-        if (settings.seed != 0) std::shuffle(order.begin(), order.end(), random);
         bool moved = false;
-        for (size_t i : order) {
-          Fiber& fiber = fibers[i];
+        for (size_t position = 0; position < count; ++position) {
+          Fiber& fiber = fibers[order[position]];
           if (fiber.done || (fiber.waits != nullptr && fiber.waits->generation == fiber.generation)) continue;
           fiber.waits = nullptr;
           current = &fiber;
           threadIdx = fiber.thread;
           blockIdx = fiber.block_index;
           moved = true;
+          released = false;
           swapcontext(&scheduler, &fiber.context);
-          if (fiber.done) --left;
+          if (fiber.done) {
+            --left;
+            // A block that has left takes its shared memory along.
+            if (--fiber.block->left == 0) std::memset(fiber.block->shared.get(), 0xff, shared_bytes);
+          }
+          if (released && settings.seed != 0) break;
         }
         if (!moved) give_up("threads wait at a barrier that others never reach");
       }
