@@ -9,6 +9,7 @@ from .native import library_path
 WEIGHTS_ENTRY = "trivium.mcheads.weights"
 """Session configuration entry: float32, bfloat16, or auto (the default): bfloat16 where every weight is one already.
 
+On a CUDA card bfloat16 rounds the features too, for its tensor cores, and auto is float32.
 All entries must be set before the library is registered.
 """
 MODE_ENTRY = "trivium.mcheads.mode"
