@@ -2,7 +2,7 @@
 
 from .heads import KernelCounts, MCHeads, backend, kernel_counts, mc_heads
 from .masks import dropout_masks
-from .onnx_op import custom_ops_library
+from .onnx_op import custom_ops_library, pays
 from .reference import HeadStatistics, check_shapes, mc_heads_ref
 
 __all__ = [
@@ -16,4 +16,5 @@ __all__ = [
     "kernel_counts",
     "mc_heads",
     "mc_heads_ref",
+    "pays",
 ]

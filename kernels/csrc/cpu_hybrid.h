@@ -188,20 +188,20 @@ struct Hybrid {
       }
       row.sum += static_cast<float>(likely_sum.total());
       row.weighted += static_cast<float>(likely_weighted.total());
-      if (tail_sum > MCHEADS_TAIL * row.sum) {
-        slab.heavy_tail[place] = true;
-        return;
-      }
       const V inverse(1.f / row.sum);
       for (int j = 0; j < kVectors; ++j) likely[j] = V::fma(e[j], inverse, likely[j]);
       expected_entropy += row.entropy();
       log_sum_exp += row.log_sum_exp();
-      tail_share += tail_sum / row.sum / tail.sum;
+      tail_share += tail_sum / row.sum;
+    }
+    if (tail_share > MCHEADS_TAIL * model.passes) {
+      slab.heavy_tail[place] = true;
+      return;
     }
     alignas(kAlignment) float likely_share[MCHEADS_TOP];
     const V passes(static_cast<float>(model.passes));
     for (int j = 0; j < kVectors; ++j) (likely[j] / passes).store(likely_share + j * kWidth);
-    const V tail_factor(static_cast<float>(tail_share / model.passes));
+    const V tail_factor(static_cast<float>(tail_share / tail.sum / model.passes));
     for (int64_t c = 0; c < padded; c += kWidth) (V::load(share + c) * tail_factor).store(share + c);
     for (int i = 0; i < count; ++i) share[chosen[i]] = likely_share[i];
     Kernels<V>::finish(slab, picture, head, expected_entropy / model.passes, log_sum_exp / model.passes);

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from trivium.kernels import MCHeads, backend, mc_heads
+from trivium.kernels import MCHeads, backend, mc_heads, pays
 from trivium.kernels.native import TOP_CLASSES, library, library_path
 
 from .cases import make_inputs
@@ -102,3 +102,12 @@ def test_scratch_is_checked() -> None:
 def test_a_handle_is_freed_with_its_model() -> None:
     i = make_inputs(1, 1, 3, 8, 4)
     assert isinstance(MCHeads(*i.arguments()[1:])._handle, ctypes.c_void_p)
+
+
+@pytest.mark.parametrize(("isa", "expected"), [("scalar", False), ("avx2", True), ("avx512", True)])
+def test_the_operator_pays_where_vectors_are_wide(monkeypatch: pytest.MonkeyPatch, isa: str, expected: bool) -> None:
+    monkeypatch.setenv("TRIVIUM_ISA", isa)
+    try:
+        assert pays() is expected
+    except ValueError as error:
+        pytest.skip(str(error))
