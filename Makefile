@@ -54,8 +54,17 @@ $(RESULTS): build/fashion-mnist/%/results.json: | venv
 bench: venv  ## CPU benchmarks into build/bench
 	$(BIN)/python -m tests.bench
 
+bench-peers: venv  ## the same with torch-uncertainty and baal, in an environment of their own
+	$(BIN)/python -m tests.bench --peers
+
 bench-serve: venv  ## the server beside its engine (build/bench/serve.json)
 	$(BIN)/python -m tests.bench.serve
+
+sanitize:  ## the CPU kernels under the address and undefined-behaviour sanitizers
+	tests/kernels/sanitize.sh
+
+gpu-check:  ## on a machine with a card: build, check and time the CUDA kernels (kernels/GPU.md)
+	PYTHONPATH=.namespace $(PYTHON) -m tests.gpu_check
 
 soak: venv  ## ten minutes of clients that misbehave
 	TRIVIUM_SOAK_SECONDS=600 $(BIN)/python -m pytest --timeout 900 tests/integration/test_fire.py
