@@ -33,7 +33,8 @@ if(NOT chosen_architectures)
   endif()
 endif()
 
-add_library(trivium_cuda OBJECT csrc/cuda_heads.cu csrc/cuda_gemm.cpp csrc/ort_cuda.cpp)
+add_library(trivium_cuda OBJECT csrc/cuda_run.cu csrc/cuda_model.cpp csrc/cuda_gemm.cpp csrc/cuda_abi.cpp
+                                csrc/ort_cuda.cpp)
 target_link_libraries(trivium_cuda PRIVATE CUDA::cudart_static)
 set_target_properties(trivium_cuda PROPERTIES
   POSITION_INDEPENDENT_CODE ON

@@ -39,7 +39,8 @@ def build(folder: Path) -> CudaLibrary:
     target, sources = folder / "libtrivium_cuda.so", ROOT / "kernels" / "csrc"
     command = [nvcc, "-std=c++17", "-O3", "-shared", f"-gencode=arch=compute_{major}{minor},code=sm_{major}{minor}"]
     command += ["-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden"]
-    command += [str(sources / "cuda_heads.cu"), str(sources / "cuda_gemm.cpp"), "-o", str(target), "-ldl"]
+    command += [str(sources / name) for name in ("cuda_run.cu", "cuda_model.cpp", "cuda_gemm.cpp", "cuda_abi.cpp")]
+    command += ["-o", str(target), "-ldl"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode != 0:
         raise Problem(f"gpu-check: the kernels do not compile\n{result.stderr}")

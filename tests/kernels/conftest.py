@@ -28,7 +28,8 @@ def emulated_library(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]
         pytest.skip("g++ is not on the PATH: no emulation to build")
     folder = tmp_path_factory.mktemp("emulation")
     gemm, heads = folder / "libcublaslt.so", folder / "libheads.so"
-    sources = [SOURCES / name for name in ("cuda_heads.cu", "cuda_gemm.cpp", "ort_cuda.cpp", "ort_tensor.cpp")]
+    sources = [SOURCES / "ort_tensor.cpp", SOURCES / "ort_cuda.cpp", SOURCES / "cuda_run.cu"]
+    sources += [SOURCES / f"cuda_{part}.cpp" for part in ("model", "gemm", "abi")]
     sources += [EMULATION / "emulation.cpp", EMULATION / "ort.cpp"]
     for target, parts in ((gemm, [EMULATION / "cublaslt.cpp"]), (heads, sources)):
         command = ["g++", *FLAGS, f"-I{EMULATION}", f"-I{SOURCES}", "-x", "c++", *map(str, parts), "-o", str(target)]

@@ -30,8 +30,8 @@ needs_nvcc = pytest.mark.skipif(nvcc is None, reason="nvcc is not on the PATH: n
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], str]:
     """What ptxas reports of each kernel and architecture; all warnings of nvcc, ptxas and g++ are errors."""
-    command = [str(nvcc), "-std=c++17", "-O3", "-c", str(SOURCES / "cuda_heads.cu")]
-    command += ["-o", str(tmp_path_factory.mktemp("cuda") / "cuda_heads.o")]
+    command = [str(nvcc), "-std=c++17", "-O3", "-c", str(SOURCES / "cuda_run.cu")]
+    command += ["-o", str(tmp_path_factory.mktemp("cuda") / "cuda_run.o")]
     command += [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
     command += ["-Xptxas=-v", "-Werror=all-warnings", "-Xcompiler=-Wall,-Wextra,-Werror,-fPIC"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
