@@ -3,10 +3,10 @@
  * B pictures, K heads, C classes, D units, T passes. Arrays are dense, last axis fastest. Every function returns an
  * mcheads_cuda_status; on anything but MCHEADS_CUDA_OK, mcheads_cuda_error() holds one line about it.
  *
- * mcheads_cuda_create allocates, copies and synchronises; mcheads_cuda_run does neither: per slab of pictures it enqueues
- * two to four kernels and one matrix product on the caller's stream, and it may be captured in a CUDA graph. Any number
- * of threads may run one model at once, each with a workspace of its own. The device that is current at creation is the
- * model's device and must be current whenever it runs.
+ * mcheads_cuda_create allocates, copies and synchronises; mcheads_cuda_run does neither: per slab of pictures it
+ * enqueues two to four kernels and one matrix product on the caller's stream, and may be captured in a CUDA graph. Any
+ * number of threads may run one model at once, each with a workspace of its own. The device that is current at creation
+ * is the model's device and must be current whenever it runs.
  */
 #ifndef TRIVIUM_MCHEADS_CUDA_H
 #define TRIVIUM_MCHEADS_CUDA_H
