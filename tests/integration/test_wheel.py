@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 import venv
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +27,7 @@ def run(*command: object, **options: object) -> subprocess.CompletedProcess[str]
 
 
 @pytest.fixture(scope="module")
-def slim(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def slim(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bin directory of a fresh environment that holds the wheel, built from this tree, with [cpu]."""
     directory = tmp_path_factory.mktemp("slim")
     run(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", directory, ROOT)
@@ -84,7 +83,9 @@ def test_serve(slim: Path, tiny_bundle: Path, some_pictures: NDArray[np.uint8], 
         "--grace-seconds",
         "0",
     ]
-    server = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    server = subprocess.Popen(
+        [str(word) for word in command], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     try:
         for _ in range(300):
             if ready.exists() or server.poll() is not None:
