@@ -12,8 +12,8 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
-from tests.gpu_check import __main__ as program  # noqa: E402
 from tests.gpu_check import card, parity, times  # noqa: E402
+from tests.gpu_check import report as program  # noqa: E402
 
 from trivium.kernels.cuda import CudaLibrary  # noqa: E402
 
@@ -87,3 +87,12 @@ def test_a_machine_without_a_card_is_told_so_in_one_line() -> None:
     result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=environment)
     assert result.returncode == 1
     assert result.stderr == "gpu-check: torch finds no CUDA device\n"
+
+
+def test_a_python_without_torch_is_told_so_in_one_line() -> None:
+    environment = {**os.environ, "PYTHONPATH": ".namespace"}
+    command = [sys.executable, "-S", "-m", "tests.gpu_check"]  # -S: no site-packages
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=environment)
+    assert result.returncode == 1
+    assert "has no torch and no numpy" in result.stderr
+    assert result.stderr.count("\n") == 1
