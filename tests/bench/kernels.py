@@ -141,7 +141,7 @@ def check(heads: models.Task, passes: int, outputs: dict[str, list[NDArray[np.fl
     expected = mc_heads_ref(heads.features, heads.weights, heads.bias, ones, masks, models.KEEP)
     for variant, out in outputs.items():
         error = float(np.abs(out[0] - expected.probabilities).max())
-        if error > (0.02 if variant.startswith("hybrid") else 2e-6):
+        if error > (0.05 if variant.startswith("hybrid") else 2e-6):
             raise RuntimeError(f"{variant}, T {passes}: a probability is off by {error:.1e}")
 
 

@@ -71,7 +71,7 @@ def task(units: int, classes: int, batch: int) -> Task:
     """Classes as sparse prototypes, heads as noisy copies of them, scaled until the likeliest class has 0.8 or so."""
     rng = np.random.default_rng([units, classes])
     prototypes = np.maximum(rng.standard_normal((classes, units)), 0) * (rng.random((classes, units)) < 0.3)
-    chosen = prototypes[rng.integers(0, classes, 32)] * rng.uniform(0.7, 1.1, (32, 1))
+    chosen = prototypes[rng.integers(0, classes, 32)] * rng.uniform(0.9, 1.1, (32, 1))
     features = np.maximum(chosen + 0.45 * rng.standard_normal((32, units)), 0)
     centred = prototypes - prototypes.mean(0)
     weights = np.stack([centred + 0.3 * rng.standard_normal((classes, units)) for _ in range(HEADS)])

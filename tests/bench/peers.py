@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 PASSES = 32
-PACKAGES = ("torch-uncertainty", "baal")
+PACKAGES = ("torch-uncertainty==0.13.0", "lightning", "baal==2.1.0")
 ROUNDS = 3
 
 
@@ -88,7 +88,7 @@ def main() -> None:
         assert call().shape == shape, name
         settings[name] = call
 
-    mc_dropout = import_module("torch_uncertainty.models").mc_dropout
+    mc_dropout = import_module("torch_uncertainty.methods.mc_dropout").mc_dropout
     for on_batch in (True, False):
         model = mc_dropout(network(), num_estimators=passes, on_batch=on_batch).eval()
         name = f"torch-uncertainty, on_batch={on_batch}"
