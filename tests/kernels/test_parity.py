@@ -157,3 +157,26 @@ def test_masks_need_not_be_antithetic(isa: str) -> None:
     masks[5], masks[6] = 0, 1
     other = Inputs(inputs.features, inputs.weights, inputs.bias, inputs.temperature, masks, 0.5)
     assert_close(mc_heads(*other.arguments()), mc_heads_ref(*other.arguments()))
+
+
+def test_hybrid_is_near_where_a_few_classes_hold_the_probability(isa: str) -> None:
+    flat = make_inputs(6, 3, 300, 128, 32, logits=1.0)
+    # A few classes stand out, as behind a trained backbone.
+    bias = flat.bias.copy()
+    bias[:, :5] += 9
+    inputs = Inputs(flat.features, flat.weights, bias, flat.temperature, flat.masks, flat.keep)
+    before = kernel_counts().fallbacks
+    actual, expected = mc_heads(*inputs.arguments(), mode="hybrid"), mc_heads_ref(*inputs.arguments())
+    assert kernel_counts().fallbacks == before
+    assert np.abs(actual.probabilities - expected.probabilities).max() < 0.01
+    for a, e in zip(actual[1:], expected[1:], strict=True):
+        assert np.abs(a - e).max() < 0.05
+
+
+def test_hybrid_falls_back_to_the_exact_answer_where_the_tail_is_heavy(isa: str) -> None:
+    inputs = make_inputs(6, 3, 300, 128, 32, logits=0.5)
+    before = kernel_counts().fallbacks
+    hybrid = mc_heads(*inputs.arguments(), mode="hybrid")
+    assert kernel_counts().fallbacks == before + 6
+    for h, e in zip(hybrid, mc_heads(*inputs.arguments()), strict=True):
+        np.testing.assert_array_equal(h, e)
