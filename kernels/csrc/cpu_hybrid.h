@@ -1,7 +1,8 @@
 // The hybrid mode: exact logits for each head's likeliest classes, moments over the passes for all others.
 //
 // Over the passes a logit is taken as normal with its true mean and the variance of independent masks, so that a class
-// of mean m and variance v has E e^z = e^(m + v/2) and E z e^z = (m + v) e^(m + v/2).
+// of mean m and variance v has E e^z = e^(m + v/2) and E z e^z = (m + v) e^(m + v/2). T draws show such a mean only while
+// v is small, so each class weighs 1 + v times its share in the test of the tail.
 #pragma once
 
 #include "cpu_kernels.h"
@@ -155,7 +156,7 @@ struct Hybrid {
       highest = V::max(V::fma(V::load(variance + c), V(0.5f), V::load(mean + c)), highest);
     SoftmaxRow tail;
     tail.top = highest.maximum();
-    ClassSum<V> sum, weighted;
+    ClassSum<V> sum, weighted, spread;
     float* share = slab.mean + place * padded;
     for (int64_t c = 0; c < padded; c += kWidth) {
       const V m = V::load(mean + c) - V(tail.top), v = V::load(variance + c);
@@ -164,6 +165,7 @@ struct Hybrid {
       const int j = c / kWidth % ClassSum<V>::kVectors;
       sum.chains[j] = sum.chains[j] + e;
       weighted.chains[j] = V::fma(m + v, e, weighted.chains[j]);
+      spread.chains[j] = V::fma(v, e, spread.chains[j]);
     }
     tail.sum = static_cast<float>(sum.total());
     tail.weighted = static_cast<float>(weighted.total());
@@ -190,11 +192,12 @@ struct Hybrid {
       row.weighted += static_cast<float>(likely_weighted.total());
       const V inverse(1.f / row.sum);
       for (int j = 0; j < kVectors; ++j) likely[j] = V::fma(e[j], inverse, likely[j]);
-      expected_entropy += row.entropy();
+      const double entropy = row.entropy();
+      expected_entropy += entropy > 0 ? entropy : 0;
       log_sum_exp += row.log_sum_exp();
       tail_share += tail_sum / row.sum;
     }
-    if (tail_share > MCHEADS_TAIL * model.passes) {
+    if (!(tail_share * (1 + spread.total() / tail.sum) <= MCHEADS_TAIL * model.passes)) {
       slab.heavy_tail[place] = true;
       return;
     }

@@ -33,8 +33,8 @@ enum mcheads_status {
 enum mcheads_weights { MCHEADS_FLOAT32 = 0, MCHEADS_BFLOAT16 = 1, MCHEADS_AUTO = 2 };
 
 /* MCHEADS_EXACT computes every logit of every pass. MCHEADS_HYBRID does so for the MCHEADS_TOP likeliest classes of
- * each head and stands the moments of their logits in for the others; where these hold more than MCHEADS_TAIL of the
- * probability, the picture is computed exactly after all. */
+ * each head and stands the moments of their logits in for the others; where these, each weighed by one plus its
+ * variance, hold more than MCHEADS_TAIL of the probability, the picture is computed exactly after all. */
 enum mcheads_mode { MCHEADS_EXACT = 0, MCHEADS_HYBRID = 1 };
 #define MCHEADS_TOP 32
 #define MCHEADS_TAIL 0.5f

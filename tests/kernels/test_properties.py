@@ -10,7 +10,7 @@ from trivium.kernels import MCHeads, dropout_masks, mc_heads
 
 from .cases import Inputs
 
-QUICK = settings(max_examples=60, deadline=None)
+QUICK = settings(max_examples=200, deadline=None)
 
 
 @st.composite
