@@ -26,6 +26,15 @@ class Settings(Strict):
     """Everything `trivium serve` can be told."""
 
     bundles: Annotated[tuple[Path, ...], Field(description="bundle directories to serve")] = ()
+    repository: Annotated[
+        Path | None, Field(description="directory of bundles as MODEL/VERSION, served beside those named")
+    ] = None
+    keep_versions: Annotated[
+        Count, Field(description="of each model in the repository, how many of its newest versions to serve")
+    ] = 1
+    watch: Annotated[
+        bool, Field(description="load bundles that appear or change on the disk; those that fail change nothing")
+    ] = False
     host: Annotated[str, Field(min_length=1, description="address to listen on")] = "127.0.0.1"
     grpc_port: Annotated[Port, Field(description="gRPC; 0 lets the system choose")] = 8001
     http_port: Annotated[Port, Field(description="/metrics, /healthz, /readyz; 0 lets the system choose")] = 8002
@@ -120,6 +129,11 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         if name == "bundles":
             continue
         default = "" if field.default is None else f" (default {field.default})"
+        if field.annotation is bool:
+            parser.add_argument(
+                "--" + name.replace("_", "-"), action="store_const", const="true", help=field.description
+            )
+            continue
         annotation = field.annotation
         choices = get_args(annotation) if str(annotation).startswith("typing.Literal") else ()
         parser.add_argument(

@@ -110,6 +110,28 @@ class ModelMetrics:
             self.divergence.observe(float(prediction.divergence[self.pair]))
 
 
+class Loads:
+    """How loading bundles went, counted by model, outcome and the kind of error."""
+
+    def __init__(self) -> None:
+        self.counts: dict[tuple[str, str, str], int] = {}
+
+    def count(self, model: str, outcome: str, reason: str = "") -> None:
+        """outcome: loaded, refused or unloaded; reason: the error's class where it was refused."""
+        key = model, outcome, reason
+        self.counts[key] = self.counts.get(key, 0) + 1
+
+    def collect(self) -> CounterMetricFamily:
+        family = CounterMetricFamily(
+            "trivium_loads",
+            "Bundles loaded, refused (reason: the kind of error) and unloaded.",
+            labels=("model", "outcome", "reason"),
+        )
+        for key, count in self.counts.items():
+            family.add_metric(key, count)
+        return family
+
+
 class Metrics(Collector):
     """Everything one server exposes.
 
@@ -121,7 +143,8 @@ class Metrics(Collector):
     def __init__(self, gauges: dict[str, tuple[str, Callable[[], float]]], executed: Callable[[], int]) -> None:
         self.gauges = gauges
         self._executed = executed
-        self._models: list[ModelMetrics] = []
+        self.loads = Loads()
+        self._models: dict[tuple[str, str], ModelMetrics] = {}
         self._unknown: dict[str, int] = {}
         self._release = version("trivium")
         self._registry = CollectorRegistry()
@@ -133,9 +156,22 @@ class Metrics(Collector):
         return generate_latest(self._registry)
 
     def model(self, predictor: Predictor) -> ModelMetrics:
-        """The cells of one more model, which are exposed (as zeros) from now on."""
-        self._models.append(ModelMetrics(predictor))
-        return self._models[-1]
+        """The cells of one more model, which are exposed (as zeros) from now on.
+
+        Those of its name, version and heads go on where there are some: a reload is no reason for a counter to restart.
+        """
+        fresh = ModelMetrics(predictor)
+        known = self._models.get(fresh.labels)
+        if known is not None and known.heads == fresh.heads:
+            known.engine = fresh.engine
+            return known
+        self._models[fresh.labels] = fresh
+        return fresh
+
+    def forget(self, cells: ModelMetrics) -> None:
+        """Expose a model's cells no longer."""
+        if self._models.get(cells.labels) is cells:
+            del self._models[cells.labels]
 
     def unknown(self, code: str) -> None:
         """Count a request for a model that is not served; its name is no label, for anybody may invent names."""
@@ -146,7 +182,7 @@ class Metrics(Collector):
         requests = CounterMetricFamily(
             "trivium_requests", "Requests answered, by gRPC status code.", labels=(*MODEL, "code")
         )
-        for model in self._models:
+        for model in self._models.values():
             for code, count in model.codes.items():
                 requests.add_metric((*model.labels, code), count)
         for code, count in self._unknown.items():
@@ -154,6 +190,7 @@ class Metrics(Collector):
         yield requests
         yield from self._histograms()
         yield from self._counters()
+        yield self.loads.collect()
         for name, (text, value) in self.gauges.items():
             yield GaugeMetricFamily(name, text, value=value())
         engines = GaugeMetricFamily(
@@ -161,7 +198,7 @@ class Metrics(Collector):
             "1; which implementation of the heads runs, and on what device.",
             labels=(*MODEL, "kernels", "device"),
         )
-        for model in self._models:
+        for model in self._models.values():
             engines.add_metric((*model.labels, *model.engine), 1)
         yield engines
         build = GaugeMetricFamily("trivium_build_info", "1; the release.", labels=("release",))
@@ -188,7 +225,7 @@ class Metrics(Collector):
             "KL divergence of the clean head's prediction from the robust head's.",
             labels=MODEL,
         )
-        for model in self._models:
+        for model in self._models.values():
             for stage, cells in model.seconds.items():
                 cells.add_to(seconds, (*model.labels, stage))
             model.pictures.add_to(pictures, model.labels)
@@ -210,7 +247,7 @@ class Metrics(Collector):
         routed = CounterMetricFamily(
             "trivium_routed", "Pictures answered, by what the router chose.", labels=(*MODEL, "head")
         )
-        for model in self._models:
+        for model in self._models.values():
             expired.add_metric(model.labels, model.expired)
             rejected.add_metric(model.labels, model.rejected)
             cancelled.add_metric(model.labels, model.cancelled)

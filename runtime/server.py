@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import io
 import json
 import logging
 import os
@@ -24,9 +23,8 @@ from .config import Settings
 from .cpus import usable_cpus
 from .errors import ConfigError
 from .health import SERVING, Health
+from .lifecycle import Lifecycle
 from .metrics import Metrics
-from .predictor import Predictor
-from .preprocess import Limits
 from .probes import HttpServer
 from .repository import Repository
 from .scheduler import Scheduler
@@ -71,21 +69,23 @@ class GenericHandlers:
 
 
 class Server:
-    """One process's server.
+    """One process's server: `load`, `start`, and in the end `stop`.
 
-    Raises: ConfigError, BundleError, EngineError where a bundle cannot be served.
+    Raises: ConfigError where there is nothing to serve.
     """
 
     def __init__(self, settings: Settings) -> None:
-        if not settings.bundles:
-            raise ConfigError("no bundle to serve; name at least one directory")
+        if not settings.bundles and settings.repository is None:
+            raise ConfigError("no bundle to serve; name at least one directory, or a --repository")
         self.settings = settings
-        self.repository = load(settings)
         self.instances = settings.instances or usable_cpus()
         self.scheduler = Scheduler(self.instances, settings.max_queue, settings.max_queue_bytes)
         self.metrics = Metrics(scheduler_gauges(self.scheduler), lambda: self.scheduler.executed)
-        self.service = Service(self.repository, self.scheduler, self.metrics, settings.max_batch)
+        self.repository = Repository(self.metrics)
         self.health = Health()
+        self.lifecycle = Lifecycle(settings, self.repository, self.metrics.loads, self.health)
+        self._watch: asyncio.Task[None] | None = None
+        self.service = Service(self.repository, self.lifecycle, self.scheduler, self.metrics, settings.max_batch)
         self._http = HttpServer(self.metrics.text, lambda: self.health.ready)
         self._grpc = grpc.aio.server(
             options=[
@@ -98,6 +98,13 @@ class Server:
         service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(self.service, GenericHandlers(self._grpc))
         health_pb2_grpc.add_HealthServicer_to_server(self.health, GenericHandlers(self._grpc))
         reflection.enable_server_reflection((*SERVICES, reflection.SERVICE_NAME), self._grpc)
+
+    async def load(self) -> None:
+        """Open, verify, start and self-test every bundle.
+
+        Raises: BundleError, EngineError, ConfigError.
+        """
+        await self.lifecycle.start()
 
     async def start(self) -> Ready:
         """Listen on both ports and become ready.
@@ -118,7 +125,9 @@ class Server:
         await self._grpc.start()
         self.service.ready = True
         self.health.set(dict.fromkeys(("", *self.repository.names(), *SERVICES), SERVING))
-        models = [f"{predictor.manifest.name}/{predictor.manifest.version}" for predictor in self.repository]
+        if settings.watch:
+            self._watch = asyncio.ensure_future(self.lifecycle.watch())
+        models = [f"{served.manifest.name}/{served.manifest.version}" for served in self.repository]
         return Ready(
             _address(settings.host, grpc_port), _address(settings.host, http_port), models, self.instances, os.getpid()
         )
@@ -127,6 +136,8 @@ class Server:
         """Say NOT_SERVING, serve on for `grace` seconds, refuse what is new, finish what was accepted, close."""
         self.service.ready = False
         self.health.stop()
+        if self._watch is not None:
+            self._watch.cancel()
         if grace > 0:
             _log.info("not ready any more; serving on for %g s", grace)
             await asyncio.sleep(grace)
@@ -157,38 +168,6 @@ def scheduler_gauges(scheduler: Scheduler) -> dict[str, tuple[str, Callable[[], 
     }
 
 
-def load(settings: Settings) -> Repository:
-    """Open, verify, start and self-test every bundle.
-
-    Raises: BundleError, EngineError, ConfigError.
-    """
-    limits = Limits(settings.max_picture_bytes, settings.max_picture_pixels)
-    repository = Repository()
-    for path in settings.bundles:
-        predictor = Predictor.load(path, kernels=settings.kernels, device=settings.device, limits=limits)
-        repository.add(predictor)
-        warm_up(predictor)
-        manifest, engine = predictor.manifest, predictor.engine
-        _log.info(
-            "%s version %s: heads %s, %s kernels (%s), self-test passed",
-            manifest.name,
-            manifest.version,
-            ", ".join(manifest.heads),
-            engine.kernels,
-            engine.kernels_reason,
-        )
-    return repository
-
-
-def warm_up(predictor: Predictor) -> None:
-    """Answer one JPEG, so that the first client's picture does not pay for imports and first allocations."""
-    from PIL import Image
-
-    encoded = io.BytesIO()
-    Image.new("RGB", (64, 64)).save(encoded, "JPEG")
-    predictor.infer(predictor.decode(encoded.getvalue()))
-
-
 async def run(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT; a second signal ends the process at once.
 
@@ -199,6 +178,7 @@ async def run(settings: Settings) -> None:
         with contextlib.suppress(OSError):
             settings.ready_file.unlink()
     server = Server(settings)
+    await server.load()
     loop = asyncio.get_running_loop()
     signalled: asyncio.Future[signal.Signals] = loop.create_future()
 

@@ -14,17 +14,15 @@ import grpc
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from . import wire
-from .bundle import Manifest
-from .errors import DeadlineExceeded, EngineError, QueueFull, ShuttingDown, TriviumError, UnknownModel
-from .metrics import Metrics, ModelMetrics
+from .errors import DeadlineExceeded, EngineError, InvalidRequest, QueueFull, ShuttingDown, TriviumError, UnknownModel
+from .lifecycle import Lifecycle
+from .metrics import Metrics
 from .predictor import Prediction, Predictor
-from .repository import Repository
+from .repository import Repository, Served
 from .scheduler import Job, Scheduler
 
 UNSUPPORTED = {
     "ModelStreamInfer": "streaming inference is not supported; use ModelInfer",
-    "RepositoryModelLoad": "models are those named at the server's start; loading is not supported",
-    "RepositoryModelUnload": "models are those named at the server's start; unloading is not supported",
     "SystemSharedMemoryStatus": "shared memory is not supported",
     "SystemSharedMemoryRegister": "shared memory is not supported",
     "SystemSharedMemoryUnregister": "shared memory is not supported",
@@ -45,18 +43,20 @@ class Service(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[mi
 
     Args:
         repository: the models.
+        lifecycle: who loads and unloads them.
         scheduler: where pictures queue.
         metrics: where everything is counted.
         max_batch: most pictures in a request.
     """
 
-    def __init__(self, repository: Repository, scheduler: Scheduler, metrics: Metrics, max_batch: int) -> None:
+    def __init__(
+        self, repository: Repository, lifecycle: Lifecycle, scheduler: Scheduler, metrics: Metrics, max_batch: int
+    ) -> None:
         self._repository = repository
+        self._lifecycle = lifecycle
         self._scheduler = scheduler
         self._metrics = metrics
         self._max_batch = max_batch
-        self._models: dict[Predictor, ModelMetrics] = {predictor: metrics.model(predictor) for predictor in repository}
-        self._last_ms: dict[Predictor, int] = {}
         self._closing = False
         self.in_flight = 0
         """Inference requests not yet answered."""
@@ -70,13 +70,14 @@ class Service(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[mi
     async def ModelInfer(self, request: Any, context: Any) -> Any:
         start = perf_counter_ns()
         self.in_flight += 1
-        counted: ModelMetrics | None = None
+        served: Served | None = None
         deadline: float | None = None
         try:
             if (remaining := context.time_remaining()) is not None:
                 deadline = monotonic() + remaining
-            predictor = self._repository.get(request.model_name, request.model_version)
-            counted = self._models[predictor]
+            served = self._repository.get(request.model_name, request.model_version)
+            served.in_flight += 1
+            predictor, counted = served.predictor, served.counted
             asked = wire.read_request(request, predictor.manifest, self._max_batch)
             counted.pictures.observe(asked.size)
             if asked.timeout is not None:
@@ -85,35 +86,37 @@ class Service(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[mi
             predictions: list[Prediction] = job.results  # type: ignore[assignment]
             response = wire.write_response(request.id, predictor.manifest, asked.outputs, predictions, job.queue_ns)
         except TriviumError as error:
-            if counted is not None:
-                counted.rejected += isinstance(error, QueueFull)
-                counted.expired += isinstance(error, DeadlineExceeded)
-            self._failed(counted, error.status, start)
+            if served is not None:
+                served.counted.rejected += isinstance(error, QueueFull)
+                served.counted.expired += isinstance(error, DeadlineExceeded)
+            self._failed(served, error.status, start)
             await _abort(context, error, self._advice(error))
         except Exception:
             _log.exception("a request failed")
-            self._failed(counted, "INTERNAL", start)
+            self._failed(served, "INTERNAL", start)
             await _abort(context, EngineError("the request could not be answered; the server's log says why"))
         except asyncio.CancelledError:
             # gRPC cancels the call when its deadline passes as well as when the client leaves
             expired = deadline is not None and monotonic() >= deadline - EXPIRY_SLACK
-            if counted is not None:
-                counted.expired += expired
-                counted.cancelled += not expired
-            self._failed(counted, "DEADLINE_EXCEEDED" if expired else "CANCELLED", start)
+            if served is not None:
+                served.counted.expired += expired
+                served.counted.cancelled += not expired
+            self._failed(served, "DEADLINE_EXCEEDED" if expired else "CANCELLED", start)
             raise
         self.in_flight -= 1
+        served.in_flight -= 1
         counted.succeeded(predictions, job.queue_ns, perf_counter_ns() - start)
-        self._last_ms[predictor] = time.time_ns() // 1_000_000
+        served.last_ms = time.time_ns() // 1_000_000
         return response
 
-    def _failed(self, counted: ModelMetrics | None, code: str, start: int) -> None:
+    def _failed(self, served: Served | None, code: str, start: int) -> None:
         """Count a request before its status is sent, so that whoever has the status finds it in the metrics."""
         self.in_flight -= 1
-        if counted is None:
+        if served is None:
             self._metrics.unknown(code)
         else:
-            counted.failed(code, perf_counter_ns() - start)
+            served.in_flight -= 1
+            served.counted.failed(code, perf_counter_ns() - start)
 
     async def ServerLive(self, request: Any, context: Any) -> Any:
         return service_pb2.ServerLiveResponse(live=True)
@@ -136,34 +139,51 @@ class Service(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[mi
         return service_pb2.ServerMetadataResponse(name="trivium", version=version("trivium"), extensions=extensions)
 
     async def ModelMetadata(self, request: Any, context: Any) -> Any:
-        manifest = (await self._predictor(request, context)).manifest
+        manifest = (await self._find(request, context)).manifest
         versions = [manifest.version] if request.version else self._repository.versions(manifest.name)
         return wire.metadata(manifest, versions)
 
     async def ModelConfig(self, request: Any, context: Any) -> Any:
-        predictor = await self._predictor(request, context)
+        predictor = (await self._find(request, context)).predictor
         return wire.config(predictor.manifest, self._max_batch, self._scheduler.instances, predictor.engine.device)
 
     async def ModelStatistics(self, request: Any, context: Any) -> Any:
         if request.name:
-            wanted = await self._predictor(request, context)
+            wanted = await self._find(request, context)
             chosen = [
-                predictor
-                for predictor in self._repository
-                if predictor is wanted or (not request.version and predictor.manifest.name == request.name)
+                served
+                for served in self._repository
+                if served is wanted or (not request.version and served.manifest.name == request.name)
             ]
         else:
             chosen = list(self._repository)
-        return service_pb2.ModelStatisticsResponse(model_stats=[self._statistics(predictor) for predictor in chosen])
+        return service_pb2.ModelStatisticsResponse(model_stats=[_statistics(served) for served in chosen])
 
     async def RepositoryIndex(self, request: Any, context: Any) -> Any:
+        await _one_repository(request, context)
         response = service_pb2.RepositoryIndexResponse()
-        for predictor in self._repository:
-            if self.ready or not request.ready:
-                manifest: Manifest = predictor.manifest
-                state = "READY" if self.ready else "UNAVAILABLE"
-                response.models.add(name=manifest.name, version=manifest.version, state=state)
+        for entry in self._lifecycle.index(self.ready):
+            if entry.state == "READY" or not request.ready:
+                response.models.add(name=entry.name, version=entry.version, state=entry.state, reason=entry.reason)
         return response
+
+    async def RepositoryModelLoad(self, request: Any, context: Any) -> Any:
+        await _one_repository(request, context)
+        if request.parameters:
+            await _abort(context, InvalidRequest("load parameters are not supported; bundles are read from the disk"))
+        try:
+            await self._lifecycle.load(request.model_name)
+        except TriviumError as error:
+            await _abort(context, error)
+        return service_pb2.RepositoryModelLoadResponse()
+
+    async def RepositoryModelUnload(self, request: Any, context: Any) -> Any:
+        await _one_repository(request, context)
+        try:
+            await self._lifecycle.unload(request.model_name)
+        except TriviumError as error:
+            await _abort(context, error)
+        return service_pb2.RepositoryModelUnloadResponse()
 
     async def _run(
         self, predictor: Predictor, asked: wire.Request, deadline: float | None, nbytes: int
@@ -222,7 +242,7 @@ class Service(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[mi
         while self.in_flight:
             await asyncio.sleep(0.01)
 
-    async def _predictor(self, request: Any, context: Any) -> Predictor:
+    async def _find(self, request: Any, context: Any) -> Served:
         try:
             return self._repository.get(request.name, request.version)
         except TriviumError as error:
@@ -235,33 +255,11 @@ class Service(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[mi
         """
         if not isinstance(error, QueueFull):
             return ()
-        pictures = sum(counted.answered_pictures for counted in self._models.values())
-        compute = sum(counted.sums_ns["compute"] for counted in self._models.values())
+        pictures = sum(served.counted.answered_pictures for served in self._repository)
+        compute = sum(served.counted.sums_ns["compute"] for served in self._repository)
         each_ms = compute / pictures / 1e6 if pictures else 10.0
         wait = max(1, round(self._scheduler.depth / 2 * each_ms / self._scheduler.instances))
         return (("grpc-retry-pushback-ms", str(wait)),)
-
-    def _statistics(self, predictor: Predictor) -> Any:
-        counted, manifest = self._models[predictor], predictor.manifest
-        sums, count = counted.sums_ns, counted.successes
-        statistics = service_pb2.ModelStatistics(
-            name=manifest.name,
-            version=manifest.version,
-            last_inference=self._last_ms.get(predictor, 0),
-            inference_count=counted.answered_pictures,
-            execution_count=counted.answered_pictures,
-        )
-        durations = statistics.inference_stats
-        for field, stage in (
-            (durations.success, "total"),
-            (durations.queue, "queue"),
-            (durations.compute_input, "decode"),
-            (durations.compute_infer, "compute"),
-            (durations.compute_output, "route"),
-        ):
-            field.count, field.ns = count, sums[stage]
-        durations.fail.count, durations.fail.ns = counted.failures, sums["fail"]
-        return statistics
 
 
 def _unsupported(text: str) -> Callable[[Service, Any, Any], Awaitable[NoReturn]]:
@@ -279,6 +277,34 @@ for _name, _text in UNSUPPORTED.items():
 async def _abort(context: Any, error: TriviumError, metadata: tuple[tuple[str, str], ...] = ()) -> NoReturn:
     await context.abort(grpc.StatusCode[error.status], str(error), metadata)
     raise AssertionError  # abort raises
+
+
+async def _one_repository(request: Any, context: Any) -> None:
+    if request.repository_name:
+        await _abort(context, InvalidRequest("'repository_name' is not supported: there is one repository"))
+
+
+def _statistics(served: Served) -> Any:
+    counted, manifest = served.counted, served.manifest
+    sums, count = counted.sums_ns, counted.successes
+    statistics = service_pb2.ModelStatistics(
+        name=manifest.name,
+        version=manifest.version,
+        last_inference=served.last_ms,
+        inference_count=counted.answered_pictures,
+        execution_count=counted.answered_pictures,
+    )
+    durations = statistics.inference_stats
+    for field, stage in (
+        (durations.success, "total"),
+        (durations.queue, "queue"),
+        (durations.compute_input, "decode"),
+        (durations.compute_infer, "compute"),
+        (durations.compute_output, "route"),
+    ):
+        field.count, field.ns = count, sums[stage]
+    durations.fail.count, durations.fail.ns = counted.failures, sums["fail"]
+    return statistics
 
 
 def _answer(predictor: Predictor, asked: wire.Request, index: int, queue_ns: int) -> Prediction:

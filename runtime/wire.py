@@ -204,7 +204,10 @@ def metadata(manifest: Manifest, versions: Sequence[str]) -> Any:
 
 
 def config(manifest: Manifest, max_batch: int, instances: int, device: str) -> Any:
-    """ModelConfigResponse: shapes without their batch axis, as Triton writes them; one of the two inputs is given."""
+    """ModelConfigResponse: shapes without their batch axis, as Triton writes them; one of the two inputs is given.
+
+    parameters["heads"] names the heads in the order of the outputs' axis K, with commas between.
+    """
     pb = model_config_pb2
     types = {"UINT8": pb.TYPE_UINT8, "BYTES": pb.TYPE_STRING, "FP32": pb.TYPE_FP32, "INT64": pb.TYPE_INT64}
     height, width = manifest.preprocessing.height, manifest.preprocessing.width
@@ -214,6 +217,7 @@ def config(manifest: Manifest, max_batch: int, instances: int, device: str) -> A
         backend="trivium",
         max_batch_size=max_batch,
         default_model_filename=manifest.model,
+        parameters={"heads": pb.ModelParameter(string_value=",".join(manifest.heads))},
         instance_group=[
             pb.ModelInstanceGroup(
                 name=manifest.name,

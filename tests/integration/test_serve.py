@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -57,6 +58,15 @@ def test_print_config_can_be_read_back(tmp_path: Path) -> None:
 def test_mistakes_are_one_line(arguments: list[str], words: list[str]) -> None:
     line = refused(run(*arguments))
     assert all(word in line for word in words)
+
+
+def test_a_repository_without_a_bundle_that_loads_is_refused(tiny_bundle: Path, tmp_path: Path) -> None:
+    assert "no bundle; they are looked for as MODEL/VERSION" in refused(run("--repository", tmp_path))
+    assert "No such file" in refused(run("--repository", tmp_path / "nowhere"))
+    shutil.copytree(tiny_bundle, tmp_path / "tiny" / "2")
+    result = run("--repository", tmp_path)
+    assert result.returncode != 0
+    assert result.stderr.splitlines()[-1].endswith("the manifest says version 1, its folder 2")
 
 
 def test_a_damaged_bundle_is_refused_by_name(tiny_bundle: Path, tmp_path: Path) -> None:

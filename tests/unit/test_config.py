@@ -32,12 +32,16 @@ def test_every_setting_is_a_flag_a_variable_and_a_key(tmp_path: Path) -> None:
         "host": "::1", "grpc_port": 1, "http_port": 2, "instances": 3, "kernels": "off", "device": "cuda",
         "max_batch": 4, "max_queue": 5, "max_message_bytes": 6000, "max_queue_bytes": 7000,
         "max_picture_bytes": 8000, "max_picture_pixels": 9, "grace_seconds": 1.5, "drain_seconds": 2.5,
-        "ready_file": "r", "log_level": "debug",
+        "ready_file": "r", "log_level": "debug", "repository": "d", "keep_versions": 2, "watch": True,
     }  # fmt: skip
     assert set(values) | {"bundles"} == set(Settings.model_fields)
     file = tmp_path / "c.yaml"
     file.write_text(yaml.safe_dump(values))
-    flags = [part for key, value in values.items() for part in ("--" + key.replace("_", "-"), str(value))]
+    flags = [
+        part
+        for key, value in values.items()
+        for part in ("--" + key.replace("_", "-"), *([] if value is True else [str(value)]))
+    ]
     environment = {"TRIVIUM_" + key.upper(): str(value) for key, value in values.items()}
     expected = Settings.model_validate(values)
     assert settings(*flags) == settings(**environment) == settings("--config", str(file)) == expected
@@ -75,7 +79,7 @@ def test_mistakes_name_setting_and_source(arguments: list[str], environment: dic
     ("content", "text"),
     [
         ("max_bach: 3\n", "unknown key 'max_bach'; did you mean 'max_batch'"),
-        ("zzz: 3\n", "unknown key 'zzz'; known: bundles, host"),
+        ("zzz: 3\n", "unknown key 'zzz'; known: bundles, repository"),
         ("- a\n", "expected settings"),
         ("a: [\n", "no valid YAML"),
         ("max_batch: many\n", "max_batch: .*'many' from .*c.yaml"),
