@@ -60,7 +60,7 @@ def build(
         draft = pack.write(root, model, manifest)
 
         images, kind = parity_pictures(source)
-        rows = parity.measure(model, draft, source.classifier, images, scales)
+        rows = parity.measure(model, draft, source.classifier, images, scales, source.unrounded)
         console.print(parity.table(rows, f"{len(images)} {kind} pictures"))
         parity.check(rows)
         sealed = seal(root, manifest.model_copy(update={"tolerances": parity.tolerances(rows)}))

@@ -58,6 +58,7 @@ def source_of(given: argparse.Namespace, console: Console) -> Source:
             dropout={key: value for key, value in changes.items() if value is not None},
             data=given.data,
             calibrate=given.calibrate,
+            bfloat16=given.head_weights == "bfloat16",
         )
     if given.router not in ("auto", "original"):
         raise ConfigError(f"--router {given.router}: a timm model has one head, original")
@@ -69,6 +70,7 @@ def source_of(given: argparse.Namespace, console: Console) -> Source:
         dropout=Dropout(rate=rate, passes=given.passes or TIMM_PASSES, seed=TIMM_SEED),
         preprocessing={"mean": given.mean, "std": given.std},
         say=console.print,
+        bfloat16=given.head_weights == "bfloat16",
     )
 
 
@@ -126,6 +128,13 @@ def arguments() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--router", default="auto", help="auto, a head, mean, min_entropy, paper or blend (default auto)"
+    )
+    parser.add_argument(
+        "--head-weights",
+        choices=("bfloat16", "float32"),
+        default="bfloat16",
+        help="bfloat16 rounds the heads' weights, which halves what the fused kernel reads; the parity table shows "
+        "what it changes (default bfloat16)",
     )
     parser.add_argument("--force", action="store_true", help="replace a bundle that exists")
     group = parser.add_argument_group("from a checkpoint")

@@ -146,11 +146,10 @@ class Demo:
     def ask(self) -> None:
         """Start the server, ask it from another process, look at the answers, end it."""
         self.step(f"serve, and ask about {self.pictures} clean and {self.pictures} corrupted test pictures")
-        heads = open_bundle(self.bundle).manifest.heads
         answers = self.out / "answers.json"
         with self.server() as url:
             client = [
-                *("-m", "trivium.export.demo_client", "--url", url, "--model", self.data, "--heads", ",".join(heads)),
+                *("-m", "trivium.export.demo_client", "--url", url, "--model", self.data),
                 *("--pictures", str(self.out / "pictures.npz"), "--answers", str(answers)),
             ]
             self.console.print(f"[bold]$ python {shlex.join(client)}[/]")

@@ -35,16 +35,16 @@ def main() -> None:
     parser.add_argument("--url", default="127.0.0.1:8001", help="of the server's gRPC (default 127.0.0.1:8001)")
     parser.add_argument("--model", required=True, help="its name")
     parser.add_argument("--pictures", required=True, help="the .npz described above")
-    parser.add_argument("--heads", default="clean,robust,combined", help="the model's heads, in their order")
     parser.add_argument("--batch", type=int, default=8, help="pictures in a request (default 8)")
     parser.add_argument("--answers", help="JSON file to write")
     given = parser.parse_args()
-    heads = given.heads.split(",")
     with np.load(given.pictures, allow_pickle=False) as file:
         images, truth, kind = file["images"], file["truth"], file["kind"]
 
     rows = []
     client = triton.InferenceServerClient(given.url)
+    # the order of the axis K of every answer per head
+    heads = client.get_model_config(given.model).config.parameters["heads"].string_value.split(",")
     for start in range(0, len(images), given.batch):
         answer = ask(client, given.model, images[start : start + given.batch])
         for i, head in enumerate(answer["head"]):

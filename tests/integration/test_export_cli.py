@@ -6,9 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import timm
 import torch
+from onnx import numpy_helper
 from safetensors.torch import save_file
 
 from trivium.export.pack import golden_pictures
@@ -69,11 +71,11 @@ def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> R
 
 def test_a_checkpoint_becomes_a_bundle_twice_the_same(run: Run, checkpoint: Path, tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
-    status, out, err = run(checkpoint, first, "--name", "digits-3")
+    status, out, err = run(checkpoint, first, "--name", "digits-3", "--head-weights", "float32")
     assert (status, err) == (0, "")
     assert "function - torch" in out
     assert "negative flips" in out
-    assert run(checkpoint, second, "--name", "digits-3")[0] == 0
+    assert run(checkpoint, second, "--name", "digits-3", "--head-weights", "float32")[0] == 0
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["first", "second"]
     for name in ("manifest.json", "model.onnx", "golden.npz"):
         assert digest(first / name) == digest(second / name)
@@ -97,6 +99,30 @@ def test_a_checkpoint_becomes_a_bundle_twice_the_same(run: Run, checkpoint: Path
     expected, _ = predict(student, iter([batch]), manifest.preprocessing, manifest.dropout, temperature)
     for a, b in zip(Engine(bundle, kernels="off").run(images), expected, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+def test_head_weights_are_rounded_to_bfloat16_and_the_table_says_what_that_changes(
+    run: Run, checkpoint: Path, tmp_path: Path
+) -> None:
+    def heads(bundle: str) -> np.ndarray:
+        model = onnx.load(tmp_path / bundle / "model.onnx")
+        found = next(value for value in model.graph.initializer if value.name == "heads.weights")
+        return numpy_helper.to_array(found)
+
+    status, out, _ = run(checkpoint, tmp_path / "rounded", "--no-calibrate")
+    assert status == 0
+    assert "bfloat16 - float32 heads" in out
+    status, out, _ = run(checkpoint, tmp_path / "whole", "--no-calibrate", "--head-weights", "float32")
+    assert status == 0
+    assert "bfloat16" not in out
+    student, _ = load_student(checkpoint)
+    np.testing.assert_array_equal(heads("whole"), student.head_weights()[0].detach().numpy())
+    np.testing.assert_array_equal(
+        heads("rounded"), student.head_weights()[0].detach().to(torch.bfloat16).float().numpy()
+    )
+    assert (heads("rounded") != heads("whole")).any()
+    tolerances = open_bundle(tmp_path / "rounded").manifest.tolerances
+    assert 0 < tolerances["bfloat16 - float32 heads: probabilities"] < 0.01
 
 
 def test_passes_router_and_calibration_can_be_set(run: Run, checkpoint: Path, tmp_path: Path) -> None:
