@@ -20,9 +20,11 @@ from .errors import (
     DeadlineExceeded,
     InvalidPicture,
     InvalidRequest,
+    PermissionDenied,
     QueueFull,
     ServerError,
     TriviumError,
+    Unauthenticated,
     Unavailable,
     UnknownModel,
 )
@@ -38,6 +40,8 @@ ERRORS: dict[grpc.StatusCode, type[TriviumError]] = {
     grpc.StatusCode.NOT_FOUND: UnknownModel,
     grpc.StatusCode.RESOURCE_EXHAUSTED: QueueFull,
     grpc.StatusCode.UNAVAILABLE: Unavailable,
+    grpc.StatusCode.UNAUTHENTICATED: Unauthenticated,
+    grpc.StatusCode.PERMISSION_DENIED: PermissionDenied,
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
 }
 # A retry costs a token and a success gives a tenth back: an overloaded server is not asked ever more (gRFC A6).
@@ -67,11 +71,30 @@ class Client:
         version: empty for the highest.
         timeout: seconds for each request, retries included.
         retries: ask again, up to three times and with growing pauses, where the server is away or full.
+        token: a bearer token, where the server asks for one.
+        tls: encrypt, and believe the certificates that the system believes.
+        tls_ca: PEM file of who must have signed the server's certificate; implies tls.
+        tls_cert, tls_key: PEM files of one's own certificate, where the server asks for one; imply tls.
+
+    Raises: ConfigError where a PEM file cannot be read.
     """
 
     def __init__(
-        self, url: str, model: str | None = None, version: str = "", *, timeout: float = 30.0, retries: bool = True
+        self,
+        url: str,
+        model: str | None = None,
+        version: str = "",
+        *,
+        timeout: float = 30.0,
+        retries: bool = True,
+        token: str | None = None,
+        tls: bool = False,
+        tls_ca: str | os.PathLike[str] | None = None,
+        tls_cert: str | os.PathLike[str] | None = None,
+        tls_key: str | os.PathLike[str] | None = None,
     ) -> None:
+        if (tls_cert is None) != (tls_key is None):
+            raise ConfigError("tls_cert and tls_key belong together")
         self.url = url
         self.version = version
         self.timeout = timeout
@@ -83,7 +106,12 @@ class Client:
         ]
         if retries:
             options.append(("grpc.service_config", json.dumps(RETRIES)))
-        self._channel = grpc.insecure_channel(url, options)
+        self._metadata = None if token is None else (("authorization", f"Bearer {token}"),)
+        if tls or tls_ca is not None or tls_cert is not None:
+            credentials = grpc.ssl_channel_credentials(_pem(tls_ca), _pem(tls_key), _pem(tls_cert))
+            self._channel = grpc.secure_channel(url, credentials, options)
+        else:
+            self._channel = grpc.insecure_channel(url, options)
         self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
 
     def predict(
@@ -111,10 +139,13 @@ class Client:
     def model(self) -> str:
         """The model's name, asked from the server where none was given.
 
-        Raises: ConfigError where the server has several.
+        Raises: ConfigError where the server has several, or does not tell.
         """
         if self._model is None:
-            index = self._call(self._stub.RepositoryIndex, service_pb2.RepositoryIndexRequest(), None)
+            try:
+                index = self._call(self._stub.RepositoryIndex, service_pb2.RepositoryIndexRequest(), None)
+            except PermissionDenied:
+                raise ConfigError(f"{self.url} does not tell which models it has; name one") from None
             names = sorted({model.name for model in index.models})
             if len(names) != 1:
                 raise ConfigError(f"{self.url} has {len(names)} models, name one of: {', '.join(names)}")
@@ -134,7 +165,7 @@ class Client:
 
     def _call(self, method: Any, message: Any, timeout: float | None) -> Any:
         try:
-            return method(message, timeout=self.timeout if timeout is None else timeout)
+            return method(message, timeout=self.timeout if timeout is None else timeout, metadata=self._metadata)
         except grpc.RpcError as error:
             kind = ERRORS.get(error.code(), ServerError)
             raise kind(f"{self.url}: {error.details() or error.code().name}") from None
@@ -201,6 +232,13 @@ def read_response(response: Any) -> list[Prediction]:
 
 
 DTYPES: dict[str, Any] = {"FP32": np.dtype("<f4"), "INT64": np.dtype("<i8")}
+
+
+def _pem(path: str | os.PathLike[str] | None) -> bytes | None:
+    try:
+        return None if path is None else Path(path).read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{os.fspath(path or '')}: {error.strerror}") from None
 
 
 def _load(picture: Picture) -> bytes | NDArray[np.uint8]:

@@ -53,6 +53,17 @@ class Settings(Strict):
     max_queue_bytes: Annotated[Bytes, Field(description="most bytes of messages waiting or running")] = 256 << 20
     max_picture_bytes: Annotated[Bytes, Field(description="longest encoded picture")] = 32 << 20
     max_picture_pixels: Annotated[int, Field(ge=1, description="most pixels of an encoded picture")] = 64_000_000
+    tls_cert: Annotated[
+        Path | None, Field(description="PEM file of the server's certificate and those it was signed with; gRPC alone")
+    ] = None
+    tls_key: Annotated[Path | None, Field(description="PEM file of the certificate's key")] = None
+    tls_client_ca: Annotated[
+        Path | None, Field(description="PEM file of who may sign clients' certificates; each client then needs one")
+    ] = None
+    tokens: Annotated[
+        Path | None,
+        Field(description="file of tokens: lines of SHA-256, name and perhaps 'admin'; calls then need one"),
+    ] = None
     grace_seconds: Annotated[
         Seconds, Field(description="after SIGTERM, seconds of serving on while load balancers notice")
     ] = 5.0
@@ -68,6 +79,10 @@ class Settings(Strict):
     def _consistent(self) -> Settings:
         if self.max_queue < self.max_batch:
             raise ValueError(f"max_queue ({self.max_queue}) must hold one request of max_batch ({self.max_batch})")
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("tls_cert and tls_key belong together")
+        if self.tls_client_ca is not None and self.tls_cert is None:
+            raise ValueError("tls_client_ca needs tls_cert and tls_key")
         return self
 
     def yaml(self) -> str:

@@ -34,6 +34,18 @@ class UnknownModel(ClientError):
     status = "NOT_FOUND"
 
 
+class Unauthenticated(ClientError):
+    """A call without a token that the server knows."""
+
+    status = "UNAUTHENTICATED"
+
+
+class PermissionDenied(ClientError):
+    """A call that its caller may not make."""
+
+    status = "PERMISSION_DENIED"
+
+
 class ConfigError(ClientError):
     """A setting, flag, recipe or file given by the user that cannot be used."""
 

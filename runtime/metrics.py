@@ -144,6 +144,8 @@ class Metrics(Collector):
         self.gauges = gauges
         self._executed = executed
         self.loads = Loads()
+        self.denied: dict[str, int] = {}
+        """Calls refused for want of a token or of permission, by status code."""
         self._models: dict[tuple[str, str], ModelMetrics] = {}
         self._unknown: dict[str, int] = {}
         self._release = version("trivium")
@@ -191,6 +193,12 @@ class Metrics(Collector):
         yield from self._histograms()
         yield from self._counters()
         yield self.loads.collect()
+        denied = CounterMetricFamily(
+            "trivium_denied", "Calls refused for want of a token or of permission.", labels=("code",)
+        )
+        for code, count in self.denied.items():
+            denied.add_metric((code,), count)
+        yield denied
         for name, (text, value) in self.gauges.items():
             yield GaugeMetricFamily(name, text, value=value())
         engines = GaugeMetricFamily(

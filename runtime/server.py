@@ -16,7 +16,7 @@ from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from .config import Settings
@@ -28,6 +28,7 @@ from .metrics import Metrics
 from .probes import HttpServer
 from .repository import Repository
 from .scheduler import Scheduler
+from .security import Guard, Tokens, server_credentials
 from .service import Service
 
 SERVICES = tuple(
@@ -55,17 +56,21 @@ class Ready:
 
 
 class GenericHandlers:
-    """What generated code takes for a server: passes its generic handlers on, and leaves registered methods out.
+    """What generated code takes for a server: adds each service once, guarded, as a generic handler.
 
-    grpc.aio waits for each registered method with a task of its own, and goes through all of them for every call: with
-    the 20 methods of the protocol some 10 microseconds.
+    Registered methods are left out: grpc.aio waits for each with a task of its own, and goes through all of them for
+    every call, with the 20 methods of the protocol some 10 microseconds.
     """
 
-    def __init__(self, server: Any) -> None:
-        self.add_generic_rpc_handlers = server.add_generic_rpc_handlers
+    def __init__(self, server: Any, guard: Guard) -> None:
+        self._server = server
+        self._guard = guard
+
+    def add_generic_rpc_handlers(self, handlers: Any) -> None:
+        """Nothing: the same handlers come by name, which tells their rules."""
 
     def add_registered_method_handlers(self, service: str, handlers: dict[str, Any]) -> None:
-        """Nothing: the same handlers were added as generic ones."""
+        self._server.add_generic_rpc_handlers((self._guard.handlers(service, handlers),))
 
 
 class Server:
@@ -95,9 +100,16 @@ class Server:
                 ("grpc.so_reuseport", 0),
             ]
         )
-        service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(self.service, GenericHandlers(self._grpc))
-        health_pb2_grpc.add_HealthServicer_to_server(self.health, GenericHandlers(self._grpc))
-        reflection.enable_server_reflection((*SERVICES, reflection.SERVICE_NAME), self._grpc)
+        tokens = Tokens(settings.tokens) if settings.tokens is not None else None
+        self._credentials = server_credentials(settings)
+        if tokens is not None and self._credentials is None and settings.host not in ("127.0.0.1", "::1", "localhost"):
+            _log.warning("tokens without TLS: whoever can read the network can use them")
+        handlers = GenericHandlers(self._grpc, Guard(tokens, self.metrics.denied))
+        service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(self.service, handlers)
+        health_pb2_grpc.add_HealthServicer_to_server(self.health, handlers)
+        reflection_pb2_grpc.add_ServerReflectionServicer_to_server(
+            reflection.aio.ReflectionServicer((*SERVICES, reflection.SERVICE_NAME)), handlers
+        )
 
     async def load(self) -> None:
         """Open, verify, start and self-test every bundle.
@@ -113,9 +125,13 @@ class Server:
         """
         settings = self.settings
         try:
-            grpc_port = self._grpc.add_insecure_port(_address(settings.host, settings.grpc_port))
+            address = _address(settings.host, settings.grpc_port)
+            if self._credentials is None:
+                grpc_port = self._grpc.add_insecure_port(address)
+            else:
+                grpc_port = self._grpc.add_secure_port(address, self._credentials)
         except RuntimeError:
-            raise ConfigError(f"cannot listen on {_address(settings.host, settings.grpc_port)} for gRPC") from None
+            raise ConfigError(f"cannot listen on {address} for gRPC") from None
         try:
             http_port = await self._http.start(settings.host, settings.http_port)
         except OSError as error:

@@ -85,6 +85,12 @@ class ServerProcess:
 Serve = Callable[..., ServerProcess]
 
 
+@pytest.fixture(scope="session")
+def server_process() -> type[ServerProcess]:
+    """The class, for fixtures whose servers outlive a test."""
+    return ServerProcess
+
+
 @pytest.fixture
 def serve(tmp_path: Path) -> Iterator[Serve]:
     """serve(bundle, "--flag", value, ...) starts a server that ends with the test."""

@@ -33,6 +33,7 @@ def test_every_setting_is_a_flag_a_variable_and_a_key(tmp_path: Path) -> None:
         "max_batch": 4, "max_queue": 5, "max_message_bytes": 6000, "max_queue_bytes": 7000,
         "max_picture_bytes": 8000, "max_picture_pixels": 9, "grace_seconds": 1.5, "drain_seconds": 2.5,
         "ready_file": "r", "log_level": "debug", "repository": "d", "keep_versions": 2, "watch": True,
+        "tls_cert": "c", "tls_key": "k", "tls_client_ca": "a", "tokens": "t",
     }  # fmt: skip
     assert set(values) | {"bundles"} == set(Settings.model_fields)
     file = tmp_path / "c.yaml"
@@ -64,6 +65,8 @@ def test_printed_settings_read_back(tmp_path: Path) -> None:
         ([], {"TRIVIUM_GRPC_PROT": "1"}, "TRIVIUM_GRPC_PROT; did you mean TRIVIUM_GRPC_PORT"),
         (["--max-queue", "10"], {}, r"max_queue \(10\) must hold one request of max_batch \(64\)"),
         (["--drain-seconds", "nan"], {}, "drain_seconds"),
+        (["--tls-cert", "c"], {}, "tls_cert and tls_key belong together"),
+        (["--tls-client-ca", "c"], {}, "tls_client_ca needs tls_cert and tls_key"),
         (["--kernels", "maybe"], {}, "kernels: .*'auto', 'on' or 'off'"),
         (["--max-batches", "1"], {}, "unknown flag --max-batches; did you mean '--max-batch'"),
         (["--max-batches=1"], {}, "unknown flag --max-batches=1; did you mean '--max-batch'"),
