@@ -126,6 +126,7 @@ def test_names_versions_and_config(endpoint: Endpoint) -> None:
     assert config.max_batch_size == 64
     assert {one.name: list(one.dims) for one in config.input} == {"image": [SIZE, SIZE, 3], "encoded_image": []}
     assert config.instance_group[0].count == 2
+    assert config.parameters["heads"].string_value == "clean,robust,combined"
     index = {(one.name, one.version): one.state for one in client.get_model_repository_index().models}
     assert index == {("tiny", "1"): "READY", ("tiny", "3"): "READY", ("single", "1"): "READY"}
 
