@@ -35,7 +35,7 @@ from .results import (
     TwoDifferences,
 )
 from .subject import Subject
-from .tally import ORIGINAL, Tally, ask, choose_pictures
+from .tally import CLEAN, ORIGINAL, Tally, ask, choose_pictures, variants
 
 PACKAGES = ("trivium", "torch", "timm", "numpy", "onnxruntime", "scikit-learn")
 COVERAGE = 0.8
@@ -59,7 +59,7 @@ def evaluate(
 
     Args:
         original: see `ask`.
-        count: pictures used at most, drawn by seed; None uses all.
+        count: pictures to corrupt at most, drawn by seed; None corrupts all. Clean figures are of all pictures.
         left_out: corruptions that do not count, besides those that calibration saw.
         command: as the user gave it, for the record.
 
@@ -75,7 +75,9 @@ def evaluate(
     excluded = [name for name in TEST_CORRUPTIONS if name in seen or name in left_out]
     if len(excluded) == len(TEST_CORRUPTIONS):
         raise ConfigError("every corruption is left out, so nothing counts")
-    tally = ask(subject, pictures, chosen, original=original, seed=seed, progress=progress)
+    tally = ask(subject, pictures, chosen, variants(), original=original, seed=seed, progress=progress)
+    if len(chosen) < len(pictures):
+        tally.whole = ask(subject, pictures, np.arange(len(pictures)), [CLEAN], original=original, seed=seed)
     manifest = subject.manifest
     document = pictures.describe()
     names = [name for name in tally.class_id if name != ORIGINAL or ORIGINAL in manifest.heads]
@@ -104,7 +106,13 @@ def evaluate(
             default_router=manifest.router.default,
             original=source,
         ),
-        data=Data(source=document["source"], split=pictures.split, pictures=len(chosen), digest=document["digest"]),
+        data=Data(
+            source=document["source"],
+            split=pictures.split,
+            pictures=len(pictures),
+            corrupted=len(chosen),
+            digest=document["digest"],
+        ),
         severities=list(SEVERITIES),
         left_out=excluded,
         trained_on=trained_on(manifest),
@@ -133,14 +141,20 @@ def counted(tally: Tally, excluded: Sequence[str]) -> NDArray[np.intp]:
     return np.array([v for v, (name, severity) in enumerate(tally.variants) if severity and name not in excluded])
 
 
-def two(tally: Tally, values: NDArray[Any], excluded: Sequence[str]) -> Two:
-    """Means of values [V, N] over clean and over counted corrupted views."""
-    return Two(clean=_short(values[0].mean()), corrupted=_short(values[counted(tally, excluded)].mean()))
+def two(tally: Tally, measure: Callable[[Tally], NDArray[Any]], excluded: Sequence[str]) -> Two:
+    """Means of a measure, [V, N] of each tally, over clean and over counted corrupted views."""
+    corrupted = measure(tally)[counted(tally, excluded)]
+    return Two(clean=_short(measure(tally.clean)[0].mean()), corrupted=_short(corrupted.mean()))
 
 
 def best_head(tally: Tally, heads: Sequence[str], excluded: Sequence[str]) -> str:
     """The head most accurate on the mix of half clean, half corrupted."""
-    return max(heads, key=lambda head: _mix(two(tally, tally.right(head), excluded)))
+    return max(heads, key=lambda head: _mix(two(tally, right_of(head), excluded)))
+
+
+def right_of(name: str) -> Callable[[Tally], NDArray[np.bool_]]:
+    """The measure "this answerer is right", for two()."""
+    return lambda tally: tally.right(name)
 
 
 def any_right(tally: Tally, heads: Sequence[str]) -> NDArray[np.bool_]:
@@ -150,49 +164,51 @@ def any_right(tally: Tally, heads: Sequence[str]) -> NDArray[np.bool_]:
 
 def answerer(tally: Tally, manifest: Manifest, name: str, best: str, excluded: Sequence[str]) -> Answerer:
     """One answerer's measures."""
-    shifted = counted(tally, excluded)
+    shifted, clean = counted(tally, excluded), tally.clean
     right, confidence = tally.right(name), tally.confidence[name]
+    clean_right, clean_confidence = clean.right(name)[0], clean.confidence[name][0]
     if name == ORIGINAL:
         role = "original"
     else:
         role = "head" if name in manifest.heads else "rule"
     negative = positive = over_original = None
     if ORIGINAL in tally.class_id:
-        was = tally.right(ORIGINAL)
-        negative, positive = two(tally, was & ~right, excluded), two(tally, ~was & right, excluded)
-        over_original = differences(right, was, shifted)
+        negative = two(tally, lambda t: t.right(ORIGINAL) & ~t.right(name), excluded)
+        positive = two(tally, lambda t: ~t.right(ORIGINAL) & t.right(name), excluded)
+        over_original = differences(tally, name, ORIGINAL, shifted)
     return Answerer.model_validate(
         {
             "name": name,
             "role": role,
             "default": name == manifest.router.default,
-            "accuracy": two(tally, right, excluded),
+            "accuracy": two(tally, right_of(name), excluded),
             "negative_flips": negative,
             "positive_flips": positive,
             "ece": {
-                "clean": _short(metrics.calibration_error(metrics.reliability(confidence[0], right[0]))),
+                "clean": _short(metrics.calibration_error(metrics.reliability(clean_confidence, clean_right))),
                 "corrupted": _short(
                     metrics.calibration_error(metrics.reliability(confidence[shifted].ravel(), right[shifted].ravel()))
                 ),
             },
-            "brier": two(tally, tally.squared_error[name], excluded),
-            "nll": two(tally, tally.log_loss[name], excluded),
+            "brier": two(tally, lambda t: t.squared_error[name], excluded),
+            "nll": two(tally, lambda t: t.log_loss[name], excluded),
             "accuracy_at_80": {
-                "clean": _short(metrics.accuracy_at_coverage(confidence[0], right[0], COVERAGE)),
+                "clean": _short(metrics.accuracy_at_coverage(clean_confidence, clean_right, COVERAGE)),
                 "corrupted": _short(
                     metrics.accuracy_at_coverage(confidence[shifted].ravel(), right[shifted].ravel(), COVERAGE)
                 ),
             },
             "over_original": over_original,
-            "over_best_head": differences(right, tally.right(best), shifted),
+            "over_best_head": differences(tally, name, best, shifted),
         }
     )
 
 
-def differences(right: NDArray[np.bool_], other: NDArray[np.bool_], shifted: NDArray[np.intp]) -> TwoDifferences:
+def differences(tally: Tally, name: str, other: str, shifted: NDArray[np.intp]) -> TwoDifferences:
     """Accuracy of one answerer less another's; a picture's corrupted views are resampled together."""
-    gain = right.astype(np.float64) - other
-    return TwoDifferences(clean=_difference(gain[0]), corrupted=_difference(gain[shifted].mean(0)))
+    clean = tally.clean.right(name)[0].astype(np.float64) - tally.clean.right(other)[0]
+    corrupted = tally.right(name)[shifted].astype(np.float64) - tally.right(other)[shifted]
+    return TwoDifferences(clean=_difference(clean), corrupted=_difference(corrupted.mean(0)))
 
 
 def by_severity(tally: Tally, values: NDArray[Any], kind: str) -> list[float]:
@@ -202,18 +218,18 @@ def by_severity(tally: Tally, values: NDArray[Any], kind: str) -> list[float]:
 
 def bounds(tally: Tally, heads: Sequence[str], rules: Sequence[str], best: str, excluded: Sequence[str]) -> Bounds:
     """The oracles, and how much of the way to them each rule goes."""
-    alone = two(tally, tally.right(best), excluded)
-    oracle = two(tally, any_right(tally, heads), excluded)
+    alone = two(tally, right_of(best), excluded)
+    oracle = two(tally, lambda t: any_right(t, heads), excluded)
     kinds = [kind for kind in TEST_CORRUPTIONS if kind not in excluded]
     means = {kind: [np.mean(by_severity(tally, tally.right(head), kind)) for head in heads] for kind in kinds}
     domain = Two(
-        clean=_short(max(tally.right(head)[0].mean() for head in heads)),
+        clean=_short(max(tally.clean.right(head)[0].mean() for head in heads)),
         corrupted=_short(np.mean([max(each) for each in means.values()])),
     )
 
     def captured(limit: Two) -> dict[str, float | None]:
         gap = _mix(limit) - _mix(alone)
-        gains = {rule: _mix(two(tally, tally.right(rule), excluded)) - _mix(alone) for rule in rules}
+        gains = {rule: _mix(two(tally, right_of(rule), excluded)) - _mix(alone) for rule in rules}
         return {rule: _short(gain / gap) if gap >= LEAST_GAP else None for rule, gain in gains.items()}
 
     return Bounds(
@@ -263,15 +279,16 @@ def head_share(tally: Tally, excluded: Sequence[str]) -> dict[str, dict[str, dic
 def diagrams(tally: Tally, name: str, excluded: Sequence[str]) -> Diagrams:
     """Reliability of one answerer on clean and on counted corrupted views."""
     right, confidence, shifted = tally.right(name), tally.confidence[name], counted(tally, excluded)
+    clean = tally.clean
     return Diagrams(
-        clean=_diagram(metrics.reliability(confidence[0], right[0])),
+        clean=_diagram(metrics.reliability(clean.confidence[name][0], clean.right(name)[0])),
         corrupted=_diagram(metrics.reliability(confidence[shifted].ravel(), right[shifted].ravel())),
     )
 
 
 def histogram(tally: Tally, head: str, classes: int, excluded: Sequence[str]) -> Histogram:
     """Predictive entropy of one head, from 0 to log C."""
-    values = tally.scores[f"predictive entropy, {head}"]
+    score = f"predictive entropy, {head}"
     edges = np.linspace(0, np.log(max(classes, 2)), ENTROPY_BINS + 1)
 
     def shares(part: NDArray[Any]) -> list[float]:
@@ -281,8 +298,8 @@ def histogram(tally: Tally, head: str, classes: int, excluded: Sequence[str]) ->
 
     return Histogram(
         edges=[_short(edge) for edge in edges],
-        clean=shares(values[0]),
-        corrupted=shares(values[counted(tally, excluded)]),
+        clean=shares(tally.clean.scores[score][0]),
+        corrupted=shares(tally.scores[score][counted(tally, excluded)]),
     )
 
 

@@ -89,7 +89,12 @@ def parser() -> argparse.ArgumentParser:
         "--original", metavar="MODEL", help="a checkpoint whose original classifier, or a bundle whose answer, counts "
         "as the original (default: the checkpoint's own)",
     )  # fmt: skip
-    p.add_argument("--pictures", type=int, metavar="N", help="test pictures, drawn by seed (default: all)")
+    p.add_argument(
+        "--pictures",
+        type=int,
+        metavar="N",
+        help="test pictures to corrupt, drawn by seed (default: all); clean figures are always of all",
+    )
     p.add_argument("--seed", type=int, default=0, help="of the choice of pictures and of the corruptions (default: 0)")
     p.add_argument(
         "--leave-out", nargs="+", default=[], metavar="CORRUPTION",
@@ -139,8 +144,8 @@ def show(results: Results, console: Console) -> None:
     data, model = results.data, results.model
     views = len(results.corruptions) - len(results.left_out)
     console.print(
-        f"\n{model.name} on {data.pictures} pictures of {data.source} ({data.split}), clean and under {views} "
-        f"corruptions x {len(results.severities)} severities; original: {model.original}",
+        f"\n{model.name} on {data.pictures} pictures of {data.source} ({data.split}), {data.corrupted} of them "
+        f"under {views} corruptions x {len(results.severities)} severities too; original: {model.original}",
         highlight=False,
     )
     if results.left_out:
@@ -197,7 +202,10 @@ def sum_up(paths: Sequence[Path], out: Path | None, console: Console) -> None:
     runs = [read_results(path) for path in paths]
     rows = summarise(runs)
     measures = [name for name in MEASURES if any(name in row for row in rows.values())]
-    print(f"{len(runs)} runs of {runs[0].data.pictures} pictures; %, mean ± standard deviation")
+    print(
+        f"{len(runs)} runs on {runs[0].data.pictures} pictures, {runs[0].data.corrupted} of them corrupted; "
+        "%, mean ± standard deviation"
+    )
     print(f"default routers: {', '.join(run.model.default_router for run in runs)}\n")
     print("| | " + " | ".join(measures) + " |")
     print("|---|" + "---|" * len(measures))

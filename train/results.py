@@ -65,7 +65,9 @@ class Data(Section):
     source: str
     split: str
     pictures: int
-    """Each seen once clean and once under every corruption and severity."""
+    """Each seen once clean."""
+    corrupted: int
+    """Those of them that were seen under every corruption and severity too, drawn by seed."""
     digest: str
     """SHA-256 of the data set, as train.data describes it."""
 

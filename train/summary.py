@@ -56,7 +56,7 @@ def summarise(runs: Sequence[Results]) -> dict[str, dict[str, Spread]]:
                 raise ConfigError(f"the runs differ in {what}: {getattr(first, what)} and {getattr(run, what)}")
         if [each.name for each in run.answerers] != [each.name for each in first.answerers]:
             raise ConfigError("the runs differ in their heads or routers")
-        if (run.data.digest, run.data.pictures) != (first.data.digest, first.data.pictures):
+        if run.data != first.data:
             raise ConfigError("the runs were evaluated on different data")
     rows = {each.name: [run.answerer(each.name) for run in runs] for each in first.answerers}
     rows[DEFAULT] = [run.default for run in runs]
@@ -81,6 +81,7 @@ def document(runs: Sequence[Results]) -> dict[str, Any]:
         "seeds": [run.seed for run in runs],
         "default_routers": [run.model.default_router for run in runs],
         "pictures": runs[0].data.pictures,
+        "corrupted": runs[0].data.corrupted,
         "answerers": {
             name: {measure: found._asdict() for measure, found in measures.items()}
             for name, measures in summarise(runs).items()

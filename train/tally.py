@@ -44,6 +44,13 @@ class Tally:
     """Rule -> [V, N]: place in `voices` of who answered under this rule."""
     voices: list[str] = field(default_factory=list)
     """Labels of who answered: heads, or a blend of some."""
+    whole: Tally | None = None
+    """The clean views of all test pictures, where the corrupted ones are of some only."""
+
+    @property
+    def clean(self) -> Tally:
+        """Where the clean figures come from: variant 0 of all test pictures."""
+        return self.whole or self
 
     def right(self, answerer: str) -> NDArray[np.bool_]:
         """[V, N]."""
@@ -85,19 +92,20 @@ def ask(
     subject: Subject,
     pictures: Pictures,
     chosen: NDArray[np.intp],
+    views: Sequence[Variant],
     *,
     original: Subject | None = None,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tally:
-    """Every chosen picture, clean and under every corruption, asked of the model and of the original.
+    """Every chosen picture in every view, asked of the model and of the original.
 
     Args:
         original: another model that stands for the original classifier; None takes the subject's own, where it has one.
         progress: told (views done, views in all).
     """
     manifest = subject.manifest
-    tally = Tally(variants(), labels_for(pictures, manifest.classes)[chosen])
+    tally = Tally(list(views), labels_for(pictures, manifest.classes)[chosen])
     size = pictures.preprocessing
     chunk = max(16, CHUNK_BYTES // (size.height * size.width * 3))
     done = 0

@@ -79,13 +79,16 @@ def test_accuracy_agrees_with_a_plain_loop(results: Results, folder: Path, tiny_
     bundle = open_bundle(tiny_bundle)
     pictures = load_pictures(DataSpec(kind="imagefolder", root=folder), "test", bundle.manifest.preprocessing)
     chosen = choose_pictures(pictures, 20, 0)
-    images = pictures.batch(chosen).permute(0, 2, 3, 1).contiguous().numpy()
+    assert len(chosen) < len(pictures)
     engine = Engine(bundle)
     for kind, severity in (("clean", 0), ("fog", 2), ("pixelate", 5)):
-        view = images if severity == 0 else corrupt(images, kind, severity, 0)
+        # clean figures are of all pictures, corrupted ones of those that were chosen
+        seen = chosen if severity else np.arange(len(pictures))
+        images = pictures.batch(seen).permute(0, 2, 3, 1).contiguous().numpy()
+        view = corrupt(images, kind, severity, 0) if severity else images
         statistics = engine.run(view)
         for name in ("clean", "combined", "mean", "paper", "blend"):
-            expected = (route(statistics, bundle.manifest, name).class_id == pictures.labels[chosen]).mean()
+            expected = (route(statistics, bundle.manifest, name).class_id == pictures.labels[seen]).mean()
             if severity == 0:
                 assert results.answerer(name).accuracy.clean == pytest.approx(expected, abs=1e-6)
             else:
@@ -129,7 +132,7 @@ def test_shares_histograms_and_diagrams_are_whole(results: Results) -> None:
         assert sum(found.clean) == pytest.approx(1, abs=1e-4)
         assert sum(found.corrupted) == pytest.approx(1, abs=1e-4)
     for diagrams in results.reliability.values():
-        assert sum(diagrams.clean.counts) == 20
+        assert sum(diagrams.clean.counts) == 30
         assert sum(diagrams.corrupted.counts) == 20 * 75
 
 
@@ -141,8 +144,8 @@ def test_measures_by_hand() -> None:
         "original": [[True, True]] + [[False, True]] * 5,
     })  # fmt: skip
     kinds = [name for name in TEST_CORRUPTIONS if name != TEST_CORRUPTIONS[0]]
-    assert evaluate.two(tally, tally.right("a"), kinds).model_dump() == {"clean": 0.5, "corrupted": 0.5}
-    assert evaluate.two(tally, tally.right("b"), kinds).corrupted == pytest.approx(3 / 10)
+    assert evaluate.two(tally, evaluate.right_of("a"), kinds).model_dump() == {"clean": 0.5, "corrupted": 0.5}
+    assert evaluate.two(tally, evaluate.right_of("b"), kinds).corrupted == pytest.approx(3 / 10)
     oracle = evaluate.any_right(tally, ["a", "b"])
     assert evaluate.by_severity(tally, oracle, TEST_CORRUPTIONS[0]) == [0.5, 0.5, 1, 1, 1]
     found = evaluate.bounds(tally, ["a", "b"], ["b"], "a", kinds)
@@ -303,5 +306,5 @@ def test_summary_on_the_command_line(out: Path, tmp_path: Path, capsys: pytest.C
     assert "| combined |" in printed
     assert "± 0.0" in printed
     summary = json.loads((tmp_path / "summary.json").read_text())
-    assert summary["pictures"] == 20
+    assert (summary["pictures"], summary["corrupted"]) == (30, 20)
     assert len(summary["answerers"]["combined"]["clean accuracy"]["values"]) == 2
