@@ -91,9 +91,16 @@ def _facts(bundle: Bundle) -> Iterator[tuple[str, str]]:
         yield "kernel", f"{engine.kernels}: {engine.kernels_reason}"
     except (EngineError, MissingExtra) as error:
         yield "kernel", f"none would run: {error}"
-    for title, record in (("provenance", manifest.provenance), ("training", manifest.training)):
-        if record:
-            yield title, json.dumps(record, ensure_ascii=True)
+    source = {key: value for key, value in manifest.provenance.items() if isinstance(value, str)}
+    if source:
+        yield "made from", ", ".join(f"{key} {value[:60]}" for key, value in source.items())
+    packages = manifest.provenance.get("packages")
+    if isinstance(packages, dict):
+        yield "made with", ", ".join(f"{name} {version}" for name, version in packages.items())
+    costs = manifest.training.get("costs")
+    if isinstance(costs, dict):
+        seconds = {stage: cost.get("cpu_seconds") for stage, cost in costs.items() if isinstance(cost, dict)}
+        yield "training", ", ".join(f"{stage} {s:.0f} CPU-s" for stage, s in seconds.items() if isinstance(s, float))
 
 
 def _router(manifest: Manifest) -> str:

@@ -15,6 +15,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from trivium.kernels import kernel_counts
+
 from .predictor import Prediction, Predictor
 
 # 0.1 ms to 26 s, each twice the one before: a tiny model's request takes 0.3 ms, a ViT's queue seconds
@@ -209,6 +211,8 @@ class Metrics(Collector):
         for model in self._models.values():
             engines.add_metric((*model.labels, *model.engine), 1)
         yield engines
+        if any("fused" in model.engine for model in self._models.values()):
+            yield from _kernel_families()
         build = GaugeMetricFamily("trivium_build_info", "1; the release.", labels=("release",))
         build.add_metric((self._release,), 1)
         yield build
@@ -265,3 +269,13 @@ class Metrics(Collector):
         yield CounterMetricFamily(
             "trivium_executed_pictures", "Pictures taken up by a worker.", value=self._executed()
         )  # fmt: skip
+
+
+def _kernel_families() -> Iterator[CounterMetricFamily]:
+    done = kernel_counts()
+    yield CounterMetricFamily("trivium_kernel_pictures", "Pictures computed by the fused kernel.", value=done.pictures)
+    yield CounterMetricFamily(
+        "trivium_kernel_poisoned",
+        "Pictures that the fused kernel answered with NaN, for features or logits that are not finite.",
+        value=done.poisoned,
+    )

@@ -10,8 +10,11 @@ import pytest
 from numpy.typing import NDArray
 from prometheus_client.parser import text_string_to_metric_families
 
+from trivium.kernels import mc_heads
 from trivium.runtime.metrics import DIVERGENCE, ENTROPY, INFORMATION, PICTURES, SECONDS, Distribution, Metrics
 from trivium.runtime.predictor import Predictor, Timings
+
+KERNEL = ("trivium_kernel_pictures_total", "trivium_kernel_poisoned_total")
 
 
 @pytest.fixture(scope="module")
@@ -87,3 +90,20 @@ def test_one_head_has_no_divergence(single_head_bundle: Path) -> None:
     counted = metrics.model(predictor)
     counted.succeeded([predictor.infer(np.zeros((32, 32, 3), np.uint8))], 0, 1)
     assert not [name for name, _ in samples(metrics) if name.startswith("trivium_divergence_nats_")]
+
+
+def test_the_fused_kernel_counts_its_pictures_and_the_poisoned_ones(
+    predictor: Predictor, some_pictures: NDArray[np.uint8]
+) -> None:
+    if predictor.engine.kernels != "fused":
+        pytest.skip(f"the fused kernel does not run here: {predictor.engine.kernels_reason}")
+    metrics = Metrics({}, lambda: 0)
+    assert ("trivium_kernel_pictures_total", frozenset()) not in samples(metrics)
+    metrics.model(predictor)
+    before = samples(metrics)
+    predictor.engine.run(some_pictures[:3])
+    features = np.ones((2, 4), np.float32)
+    features[1, 2] = np.nan
+    mc_heads(features, np.ones((1, 3, 4)), np.zeros((1, 3)), np.ones(1), np.ones((2, 4), np.uint8), 1.0)
+    gained = {name: samples(metrics)[name, frozenset()] - before[name, frozenset()] for name in KERNEL}
+    assert gained == {"trivium_kernel_pictures_total": 5, "trivium_kernel_poisoned_total": 1}
