@@ -71,7 +71,8 @@ class Dropout(Strict):
 
 
 class PaperRule(Strict):
-    """METHODS of "Efficiently Robustify": heads that agree answer together, else the relatively surest one answers."""
+    """The selection of "Efficiently Robustify" (ICCV 2023), reconstructed: heads that agree answer together, else the
+    relatively surest one answers."""
 
     divergence_threshold: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     """delta in nats: a percentile of the symmetrised KL between clean and robust on clean calibration pictures."""
