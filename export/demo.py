@@ -222,7 +222,7 @@ class Demo:
 
     def evaluate(self) -> None:
         """Accuracy, flips and the report, unless they are this bundle's already."""
-        self.step(f"evaluate on {self.test_pictures} test pictures, 15 corruptions x 5 severities")
+        self.step(f"evaluate on the test pictures, {self.test_pictures} of them under 15 corruptions x 5 severities")
         words = ["evaluate", str(self.bundle), "--original", str(self.student), "--data", self.data]
         words += ["--pictures", str(self.test_pictures), "--out", str(self.out)]
         if self.evaluated():
@@ -232,13 +232,13 @@ class Demo:
         self.command(*words)
 
     def evaluated(self) -> bool:
-        """Whether report and results are younger than the bundle and about as many pictures as asked for."""
+        """Whether report and results are younger than the bundle and about as many corrupted pictures as asked for."""
         files = (self.bundle / MANIFEST, self.results, self.out / "report.html")
         if not all(file.is_file() for file in files):
             return False
         bundle, *made = (file.stat().st_mtime_ns for file in files)
         found = json.loads(self.results.read_text(encoding="utf-8"))
-        return min(made) > bundle and found["data"]["pictures"] == self.test_pictures
+        return min(made) > bundle and found["data"].get("corrupted") == self.test_pictures
 
     def summary(self) -> None:
         """Accuracy and flips of the original classifier, each head, and the chosen router."""
