@@ -13,7 +13,7 @@ help:  ## show this list
 
 venv: $(STAMP)  ## create .venv with everything a CPU machine needs
 
-$(STAMP): pyproject.toml kernels/CMakeLists.txt $(wildcard kernels/csrc/*)
+$(STAMP): pyproject.toml kernels/CMakeLists.txt $(wildcard kernels/*.cmake kernels/csrc/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "trivium needs Python >= 3.10, $(PYTHON) is older")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing trivium and its packages into $(VENV) (the first time: a few GB, some minutes)"
@@ -61,7 +61,7 @@ bench-serve: venv  ## the server beside its engine (build/bench/serve.json)
 	$(BIN)/python -m tests.bench.serve
 
 sanitize:  ## the CPU kernels under the address and undefined-behaviour sanitizers
-	tests/kernels/sanitize.sh
+	sh tests/kernels/sanitize.sh
 
 gpu-check:  ## on a machine with a card: build, check and time the CUDA kernels (kernels/GPU.md)
 	PYTHONPATH=.namespace $(PYTHON) -m tests.gpu_check
