@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from trivium.kernels import HeadStatistics, custom_ops_library
+from trivium.kernels import HeadStatistics, custom_ops_library, pays
 from trivium.kernels.onnx_op import THREADS_ENTRY
 
 from .bundle import Bundle
@@ -40,7 +40,7 @@ class Engine:
     Args:
         bundle: opened and verified.
         kernels: "on" insists on the fused MCHeads kernel, "off" runs the graph's own function of standard ops, and
-            "auto" takes the kernel where it can be registered.
+            "auto" takes the kernel where it can be registered and kernels.pays() says that it is faster.
         device: "cuda" needs onnxruntime-gpu and a card.
         threads: of ONNX Runtime within one picture. Throughput is best with 1 and as many callers as cores.
 
@@ -64,7 +64,7 @@ class Engine:
         self.bundle = bundle
         self.device = device
         ort = _onnxruntime(device)
-        self.kernels, self.kernels_reason, options = _options(ort, kernels, threads)
+        self.kernels, self.kernels_reason, options = _options(ort, kernels, device, threads)
         providers = ["CPUExecutionProvider"] if device == "cpu" else ["CUDAExecutionProvider", "CPUExecutionProvider"]
         try:
             self._session = ort.InferenceSession(str(bundle.model_path), options, providers=providers)
@@ -164,7 +164,7 @@ def _onnxruntime(device: str) -> Any:
 
 
 def _options(
-    ort: Any, kernels: Literal["auto", "on", "off"], threads: int
+    ort: Any, kernels: Literal["auto", "on", "off"], device: str, threads: int
 ) -> tuple[Literal["fused", "function"], str, onnxruntime.SessionOptions]:
     def fresh() -> Any:
         options = ort.SessionOptions()
@@ -180,6 +180,8 @@ def _options(
         return "function", "switched off", fresh()
     try:
         library = custom_ops_library()
+        if kernels == "auto" and device == "cpu" and not pays():
+            return "function", "the fused kernel does not pay with scalar instructions", fresh()
         options = fresh()
         options.add_session_config_entry(THREADS_ENTRY, str(threads))
         options.register_custom_ops_library(str(library))

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from trivium.kernels import HeadStatistics, custom_ops_library, kernel_counts, mc_heads_ref
+from trivium.kernels import HeadStatistics, custom_ops_library, kernel_counts, mc_heads_ref, pays
 from trivium.runtime.bundle import Bundle, open_bundle, read_manifest, seal
 from trivium.runtime.engine import OUTPUTS, Engine
 from trivium.runtime.errors import EngineError, InvalidRequest, UnsafePath
@@ -117,12 +117,24 @@ def test_the_fused_kernel_runs_where_it_is_said_to_and_only_there(
         custom_ops_library()
     except FileNotFoundError as error:
         pytest.skip(f"the kernels are not built: {error}")
-    for kernels, calls in (("on", len(some_pictures)), ("auto", len(some_pictures)), ("off", 0)):
+    automatic = len(some_pictures) if pays() else 0
+    for kernels, calls in (("on", len(some_pictures)), ("auto", automatic), ("off", 0)):
         engine = Engine(open_bundle(tiny_bundle), kernels=kernels)  # type: ignore[arg-type]
         assert engine.kernels == ("fused" if calls else "function")
         before = kernel_counts().operators
         engine.run(some_pictures)
         assert kernel_counts().operators - before == calls
+
+
+def test_auto_leaves_the_kernel_where_it_does_not_pay(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    try:
+        custom_ops_library()
+    except FileNotFoundError as error:
+        pytest.skip(f"the kernels are not built: {error}")
+    monkeypatch.setenv("TRIVIUM_ISA", "scalar")
+    auto = Engine(open_bundle(tiny_bundle))
+    assert (auto.kernels, "does not pay" in auto.kernels_reason) == ("function", True)
+    assert Engine(open_bundle(tiny_bundle), kernels="on").kernels == "fused"
 
 
 @pytest.mark.parametrize("library", ["absent", "no library"])
