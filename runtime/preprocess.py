@@ -79,12 +79,17 @@ def open_picture(data: bytes, limits: Limits = DEFAULT_LIMITS) -> Image.Image:
                 f"the {format_name} has {width} x {height} pixels, more than the limit of {limits.max_pixels}"
             )
         picture.load()
-        return _rgb(_upright(picture))
+        return upright_rgb(picture)
     except InvalidPicture:
         raise
     except Exception as error:  # hostile bytes: a decoder may fail in any way, and each way is the picture's fault
         reason = (str(error) or type(error).__name__).splitlines()[0][:200]
         raise InvalidPicture(f"the {format_name} cannot be decoded: {reason}") from None
+
+
+def upright_rgb(picture: Image.Image) -> Image.Image:
+    """A picture as `prepare` wants it: RGB, and turned as its EXIF orientation says."""
+    return _rgb(_upright(picture))
 
 
 def prepare(picture: Image.Image, preprocessing: Preprocessing) -> NDArray[np.uint8]:

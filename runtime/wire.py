@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -206,7 +207,8 @@ def metadata(manifest: Manifest, versions: Sequence[str]) -> Any:
 def config(manifest: Manifest, max_batch: int, instances: int, device: str) -> Any:
     """ModelConfigResponse: shapes without their batch axis, as Triton writes them; one of the two inputs is given.
 
-    parameters["heads"] names the heads in the order of the outputs' axis K, with commas between.
+    parameters["heads"] names the heads in the order of the outputs' axis K, parameters["routers"] what a request may
+    route by, both with commas between; parameters["classes"] is a JSON list of the labels in the order of axis C.
     """
     pb = model_config_pb2
     types = {"UINT8": pb.TYPE_UINT8, "BYTES": pb.TYPE_STRING, "FP32": pb.TYPE_FP32, "INT64": pb.TYPE_INT64}
@@ -217,7 +219,11 @@ def config(manifest: Manifest, max_batch: int, instances: int, device: str) -> A
         backend="trivium",
         max_batch_size=max_batch,
         default_model_filename=manifest.model,
-        parameters={"heads": pb.ModelParameter(string_value=",".join(manifest.heads))},
+        parameters={
+            "heads": pb.ModelParameter(string_value=",".join(manifest.heads)),
+            "routers": pb.ModelParameter(string_value=",".join(manifest.routers())),
+            "classes": pb.ModelParameter(string_value=json.dumps(manifest.classes, ensure_ascii=False)),
+        },
         instance_group=[
             pb.ModelInstanceGroup(
                 name=manifest.name,
