@@ -222,7 +222,7 @@ def config(manifest: Manifest, max_batch: int, instances: int, device: str) -> A
         parameters={
             "heads": pb.ModelParameter(string_value=",".join(manifest.heads)),
             "routers": pb.ModelParameter(string_value=",".join(manifest.routers())),
-            "classes": pb.ModelParameter(string_value=json.dumps(manifest.classes, ensure_ascii=False)),
+            "classes": pb.ModelParameter(string_value=json.dumps(manifest.classes)),
         },
         instance_group=[
             pb.ModelInstanceGroup(
