@@ -74,6 +74,17 @@ class Settings(Strict):
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"], Field(description="least level of the lines on stderr")
     ] = "info"
+    log_format: Annotated[Literal["text", "json"], Field(description="lines for people, or one JSON object a line")] = (
+        "text"
+    )
+    access_log: Annotated[bool, Field(description="a line for each request, at level info")] = False
+    trace_endpoint: Annotated[
+        Annotated[str, Field(pattern=r"^https?://[^\s/@]+/?$")] | None,
+        Field(description="OpenTelemetry collector's gRPC, http://HOST:PORT or https://HOST:PORT; default: no traces"),
+    ] = None
+    trace_ratio: Annotated[
+        float, Field(ge=0, le=1, description="share of requests to trace where the caller has not decided")
+    ] = 1.0
 
     @model_validator(mode="after")
     def _consistent(self) -> Settings:
@@ -83,6 +94,8 @@ class Settings(Strict):
             raise ValueError("tls_cert and tls_key belong together")
         if self.tls_client_ca is not None and self.tls_cert is None:
             raise ValueError("tls_client_ca needs tls_cert and tls_key")
+        if self.access_log and self.log_level in ("warning", "error"):
+            raise ValueError(f"access_log writes at level info, which log_level {self.log_level} hides")
         return self
 
     def yaml(self) -> str:

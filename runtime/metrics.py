@@ -9,11 +9,14 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
+from time import time
 
-from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
+from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.registry import Collector
+from prometheus_client.samples import Exemplar
 
 from trivium.kernels import kernel_counts
 
@@ -36,24 +39,32 @@ MODEL = ("model", "version")
 class Distribution:
     """A histogram's cells; a value counts in the first bucket whose upper bound it does not exceed."""
 
-    __slots__ = ("bounds", "counts", "total")
+    __slots__ = ("bounds", "counts", "exemplars", "total")
 
     def __init__(self, bounds: list[float]) -> None:
         self.bounds = bounds
         self.counts = [0] * (len(bounds) + 1)
         self.total = 0.0
+        self.exemplars: dict[int, Exemplar] = {}
+        """The last traced value of a bucket."""
 
     def observe(self, value: float) -> None:
         self.counts[bisect_left(self.bounds, value)] += 1
         self.total += value
 
+    def exemplify(self, value: float, trace: str, moment: float) -> None:
+        """Keep the trace of an observed value, of a time in seconds since 1970, as its bucket's exemplar."""
+        self.exemplars[bisect_left(self.bounds, value)] = Exemplar({"trace_id": trace}, value, moment)
+
     def add_to(self, family: HistogramMetricFamily, labels: Sequence[str]) -> None:
         """Write the cells, cumulated, as one child of a family."""
-        buckets: list[tuple[str, float]] = []
+        buckets: list[tuple[str, float] | tuple[str, float, Exemplar]] = []
         below = 0
-        for bound, count in zip([*self.bounds, float("inf")], self.counts, strict=True):
+        for index, (bound, count) in enumerate(zip([*self.bounds, float("inf")], self.counts, strict=True)):
             below += count
-            buckets.append(("+Inf" if bound == float("inf") else repr(bound), below))
+            name = "+Inf" if bound == float("inf") else repr(bound)
+            exemplar = self.exemplars.get(index)
+            buckets.append((name, below) if exemplar is None else (name, below, exemplar))
         family.add_metric(labels, buckets, self.total)
 
 
@@ -79,8 +90,10 @@ class ModelMetrics:
         self.successes = self.failures = self.answered_pictures = 0
         self.sums_ns = dict.fromkeys((*STAGES, "fail"), 0)
 
-    def succeeded(self, predictions: Sequence[Prediction], queue_ns: int, total_ns: int) -> None:
-        """Count an answered request."""
+    def succeeded(
+        self, predictions: Sequence[Prediction], queue_ns: int, total_ns: int, trace: str | None = None
+    ) -> None:
+        """Count an answered request; `trace` is its trace's id, where it is sampled."""
         decode_ns = compute_ns = route_ns = 0
         for prediction in predictions:
             timings = prediction.timings
@@ -91,6 +104,8 @@ class ModelMetrics:
         for stage, value in zip(STAGES, (decode_ns, queue_ns, compute_ns, route_ns, total_ns), strict=True):
             self.seconds[stage].observe(value * 1e-9)
             self.sums_ns[stage] += value
+            if trace is not None:
+                self.seconds[stage].exemplify(value * 1e-9, trace, time())
         self.codes["OK"] += 1
         self.successes += 1
         self.answered_pictures += len(predictions)
@@ -155,9 +170,11 @@ class Metrics(Collector):
         self._registry.register(self)
         ProcessCollector(registry=self._registry)
 
-    def text(self) -> bytes:
-        """Everything in Prometheus' text format."""
-        return generate_latest(self._registry)
+    def exposition(self, accept: str = "") -> tuple[str, bytes]:
+        """Content type and text of everything: OpenMetrics with exemplars where `accept` names it, else Prometheus'."""
+        if "application/openmetrics-text" in accept:
+            return openmetrics.CONTENT_TYPE_LATEST, openmetrics.generate_latest(self._registry)  # type: ignore[no-untyped-call]
+        return CONTENT_TYPE_LATEST, generate_latest(self._registry)
 
     def model(self, predictor: Predictor) -> ModelMetrics:
         """The cells of one more model, which are exposed (as zeros) from now on.

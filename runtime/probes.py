@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from prometheus_client import CONTENT_TYPE_LATEST
-
 Answer = tuple[int, str, bytes]
 REASONS = {200: "OK", 400: "Bad Request", 404: "Not Found", 405: "Method Not Allowed", 503: "Service Unavailable"}
 TEXT = "text/plain; charset=utf-8"
@@ -17,9 +15,9 @@ HEAD_LIMIT = 16 << 10
 
 
 class HttpServer:
-    """Args: metrics gives the text of /metrics, ready the answer to /readyz."""
+    """Args: metrics gives content type and text of /metrics for an Accept header, ready the answer to /readyz."""
 
-    def __init__(self, metrics: Callable[[], bytes], ready: Callable[[], bool]) -> None:
+    def __init__(self, metrics: Callable[[str], tuple[str, bytes]], ready: Callable[[], bool]) -> None:
         self._metrics = metrics
         self._ready = ready
         self._server: asyncio.Server | None = None
@@ -36,10 +34,10 @@ class HttpServer:
         if self._server is not None:
             self._server.close()
 
-    def answer(self, method: str, path: str) -> Answer:
-        """Status, content type and body of a request."""
+    def answer(self, method: str, path: str, accept: str = "") -> Answer:
+        """Status, content type and body of a request; `accept` is its Accept header."""
         routes: dict[str, Callable[[], Answer]] = {
-            "/metrics": lambda: (200, CONTENT_TYPE_LATEST, self._metrics()),
+            "/metrics": lambda: (200, *self._metrics(accept)),
             "/healthz": lambda: (200, TEXT, b"ok\n"),
             "/readyz": lambda: (200, TEXT, b"ready\n") if self._ready() else (503, TEXT, b"not ready\n"),
         }
@@ -54,12 +52,13 @@ class HttpServer:
         # One request a connection: a scraper comes every few seconds, and a drained server then has no idle connection.
         try:
             head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), PATIENCE)
-            words = head.split(b"\r\n", 1)[0].decode("latin-1").split()
+            lines = head.decode("latin-1").split("\r\n")
+            words = lines[0].split()
             method = words[0] if words else ""
             if len(words) != 3 or not words[2].startswith("HTTP/1."):
                 status, kind, body = 400, TEXT, b"no HTTP/1 request\n"
             else:
-                status, kind, body = self.answer(method, words[1])
+                status, kind, body = self.answer(method, words[1], _accept(lines[1:]))
             writer.write(
                 f"HTTP/1.1 {status} {REASONS[status]}\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n"
                 "Cache-Control: no-store\r\nConnection: close\r\n\r\n".encode()
@@ -70,3 +69,12 @@ class HttpServer:
             return
         finally:
             writer.close()
+
+
+def _accept(lines: list[str]) -> str:
+    """The Accept header among a request's header lines."""
+    for line in lines:
+        name, _, value = line.partition(":")
+        if name.lower() == "accept":
+            return value
+    return ""

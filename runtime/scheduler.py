@@ -15,6 +15,7 @@ from time import monotonic, perf_counter_ns
 from typing import Generic, TypeVar
 
 from .errors import DeadlineExceeded, EngineError, QueueFull, ShuttingDown, TriviumError
+from .logs import about
 
 T = TypeVar("T")
 URGENT, NORMAL = 0, 1
@@ -140,6 +141,12 @@ class Scheduler:
             job.done(job)
         return settled
 
+    def age(self) -> float:
+        """Seconds that the request which waits longest has waited; 0 where none does."""
+        with self._changed:
+            entered = [job.entered_ns for level in self._levels for jobs in level.values() for job in jobs]
+        return (perf_counter_ns() - min(entered)) * 1e-9 if entered else 0.0
+
     def close(self, timeout: float | None = None) -> None:
         """Refuse what waits with ShuttingDown, let what runs finish, and end the workers."""
         with self._changed:
@@ -162,7 +169,7 @@ class Scheduler:
             except TriviumError as known:
                 error = known
             except Exception:  # a worker must outlive whatever one picture does to it
-                _log.exception("a picture failed")
+                _log.exception("a picture failed", extra=about(model=job.lane))
                 error = EngineError("the picture could not be answered; the server's log says why")
             with self._changed:
                 self.running -= 1

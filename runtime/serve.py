@@ -22,7 +22,8 @@ def main() -> None:
     # imported late: --help and --print-config need neither gRPC nor ONNX Runtime
     import uvloop
 
-    from .server import configure_logging, run
+    from .logs import configure
+    from .server import run
 
-    configure_logging(settings.log_level)
+    configure(settings.log_level, settings.log_format)
     uvloop.run(run(settings))

@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import signal
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from .config import Settings
 from .cpus import usable_cpus
 from .errors import ConfigError
 from .health import SERVING, Health
+from .journal import Journal
 from .lifecycle import Lifecycle
 from .metrics import Metrics
 from .probes import HttpServer
@@ -90,8 +90,11 @@ class Server:
         self.health = Health()
         self.lifecycle = Lifecycle(settings, self.repository, self.metrics.loads, self.health)
         self._watch: asyncio.Task[None] | None = None
-        self.service = Service(self.repository, self.lifecycle, self.scheduler, self.metrics, settings.max_batch)
-        self._http = HttpServer(self.metrics.text, lambda: self.health.ready)
+        self._journal = Journal.of(settings)
+        self.service = Service(
+            self.repository, self.lifecycle, self.scheduler, self.metrics, settings.max_batch, self._journal
+        )
+        self._http = HttpServer(self.metrics.exposition, lambda: self.health.ready)
         self._grpc = grpc.aio.server(
             options=[
                 ("grpc.max_receive_message_length", settings.max_message_bytes),
@@ -171,6 +174,8 @@ class Server:
         await stopping
         self._http.close()
         await asyncio.to_thread(self.scheduler.close, 1.0)
+        if self._journal is not None:
+            await asyncio.to_thread(self._journal.close)
         _log.log(logging.WARNING if left else logging.INFO, "drained; %d requests were given up", left)
 
 
@@ -179,6 +184,7 @@ def scheduler_gauges(scheduler: Scheduler) -> dict[str, tuple[str, Callable[[], 
     return {
         "trivium_instances": ("Worker threads.", lambda: scheduler.instances),
         "trivium_queue_depth": ("Pictures waiting.", lambda: scheduler.depth),
+        "trivium_queue_age_seconds": ("Seconds that the picture which waits longest has waited.", scheduler.age),
         "trivium_running_pictures": ("Pictures being answered.", lambda: scheduler.running),
         "trivium_held_bytes": ("Bytes of requests waiting or running.", lambda: scheduler.nbytes),
     }
@@ -228,16 +234,6 @@ def announce(line: str, file: Path | None) -> None:
         part.replace(file)
     except OSError as error:
         raise ConfigError(f"{file}: {error.strerror}") from None
-
-
-def configure_logging(level: str) -> None:
-    """Lines with time and level on stderr."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logger = logging.getLogger("trivium")
-    logger.setLevel(level.upper())
-    logger.addHandler(handler)
-    logger.propagate = False
 
 
 def _address(host: str, port: int) -> str:

@@ -15,7 +15,9 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from . import wire
 from .errors import DeadlineExceeded, EngineError, InvalidRequest, QueueFull, ShuttingDown, TriviumError, UnknownModel
+from .journal import Journal
 from .lifecycle import Lifecycle
+from .logs import about, request_id
 from .metrics import Metrics
 from .predictor import Prediction, Predictor
 from .repository import Repository, Served
@@ -47,16 +49,24 @@ class Service(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[mi
         scheduler: where pictures queue.
         metrics: where everything is counted.
         max_batch: most pictures in a request.
+        journal: what else is told of each request.
     """
 
     def __init__(
-        self, repository: Repository, lifecycle: Lifecycle, scheduler: Scheduler, metrics: Metrics, max_batch: int
+        self,
+        repository: Repository,
+        lifecycle: Lifecycle,
+        scheduler: Scheduler,
+        metrics: Metrics,
+        max_batch: int,
+        journal: Journal | None = None,
     ) -> None:
         self._repository = repository
         self._lifecycle = lifecycle
         self._scheduler = scheduler
         self._metrics = metrics
         self._max_batch = max_batch
+        self._journal = journal
         self._closing = False
         self.in_flight = 0
         """Inference requests not yet answered."""
@@ -82,41 +92,53 @@ class Service(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[mi
             counted.pictures.observe(asked.size)
             if asked.timeout is not None:
                 deadline = min(deadline or float("inf"), monotonic() + asked.timeout)
-            job = await self._run(predictor, asked, deadline, request.ByteSize())
+            starts = self._journal.starts(asked.size) if self._journal is not None else None
+            job = await self._run(predictor, asked, deadline, request.ByteSize(), starts)
             predictions: list[Prediction] = job.results  # type: ignore[assignment]
             response = wire.write_response(request.id, predictor.manifest, asked.outputs, predictions, job.queue_ns)
         except TriviumError as error:
             if served is not None:
                 served.counted.rejected += isinstance(error, QueueFull)
                 served.counted.expired += isinstance(error, DeadlineExceeded)
-            self._failed(served, error.status, start)
-            await _abort(context, error, self._advice(error))
+            self._failed(request, context, served, error.status, str(error), start)
+            await _abort(context, error, self._advice(request, error))
         except Exception:
-            _log.exception("a request failed")
-            self._failed(served, "INTERNAL", start)
-            await _abort(context, EngineError("the request could not be answered; the server's log says why"))
+            _log.exception("a request failed", extra=_about(request))
+            unknown = EngineError("the request could not be answered; the server's log says why")
+            self._failed(request, context, served, unknown.status, str(unknown), start)
+            await _abort(context, unknown, self._advice(request, unknown))
         except asyncio.CancelledError:
             # gRPC cancels the call when its deadline passes as well as when the client leaves
             expired = deadline is not None and monotonic() >= deadline - EXPIRY_SLACK
             if served is not None:
                 served.counted.expired += expired
                 served.counted.cancelled += not expired
-            self._failed(served, "DEADLINE_EXCEEDED" if expired else "CANCELLED", start)
+            status, reason = ("DEADLINE_EXCEEDED", "too late") if expired else ("CANCELLED", "the client left")
+            self._failed(request, context, served, status, reason, start)
             raise
         self.in_flight -= 1
         served.in_flight -= 1
-        counted.succeeded(predictions, job.queue_ns, perf_counter_ns() - start)
+        end = perf_counter_ns()
+        trace: str | None = None
+        if self._journal is not None:
+            manifest = predictor.manifest
+            trace = self._journal.answered(request, context, manifest, job, predictions, starts, start, end)
+        counted.succeeded(predictions, job.queue_ns, end - start, trace)
         served.last_ms = time.time_ns() // 1_000_000
         return response
 
-    def _failed(self, served: Served | None, code: str, start: int) -> None:
+    def _failed(self, request: Any, context: Any, served: Served | None, code: str, reason: str, start: int) -> None:
         """Count a request before its status is sent, so that whoever has the status finds it in the metrics."""
         self.in_flight -= 1
+        end = perf_counter_ns()
+        if self._journal is not None:
+            manifest = served.manifest if served is not None else None
+            self._journal.failed(request, context, manifest, code, reason, start, end)
         if served is None:
             self._metrics.unknown(code)
         else:
             served.in_flight -= 1
-            served.counted.failed(code, perf_counter_ns() - start)
+            served.counted.failed(code, end - start)
 
     async def ServerLive(self, request: Any, context: Any) -> Any:
         return service_pb2.ServerLiveResponse(live=True)
@@ -186,9 +208,14 @@ class Service(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[mi
         return service_pb2.RepositoryModelUnloadResponse()
 
     async def _run(
-        self, predictor: Predictor, asked: wire.Request, deadline: float | None, nbytes: int
+        self,
+        predictor: Predictor,
+        asked: wire.Request,
+        deadline: float | None,
+        nbytes: int,
+        starts: list[int] | None = None,
     ) -> Job[Prediction]:
-        """Queue a request and wait until it is done.
+        """Queue a request and wait until it is done; `starts` takes when each of its pictures was taken up.
 
         Raises: the TriviumError that ended it.
         """
@@ -205,6 +232,8 @@ class Service(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[mi
             loop.call_soon_threadsafe(wake)
 
         def answer(index: int) -> Prediction:
+            if starts is not None:
+                starts[index] = perf_counter_ns()
             return _answer(predictor, asked, index, job.queue_ns)
 
         job = Job(
@@ -248,11 +277,16 @@ class Service(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[mi
         except TriviumError as error:
             return await _abort(context, error)
 
-    def _advice(self, error: TriviumError) -> tuple[tuple[str, str], ...]:
-        """Trailing metadata: how long a client should wait before it tries a full server again, in milliseconds.
+    def _advice(self, request: Any, error: TriviumError) -> tuple[tuple[str, str], ...]:
+        """Trailing metadata: where to look in the log, or how long to wait before a full server is tried again.
 
-        The time in which half of the queue will be answered; gRPC's own clients obey grpc-retry-pushback-ms (gRFC A6).
+        The wait, in milliseconds, is the time in which half of the queue will be answered; gRPC's own clients obey
+        grpc-retry-pushback-ms (gRFC A6).
         """
+        if error.status == EngineError.status:
+            _log.error("a request was answered %s: %s", error.status, error, extra=_about(request))
+            name = request_id(request)
+            return (("request-id", name),) if name.isascii() and name.isprintable() else ()
         if not isinstance(error, QueueFull):
             return ()
         pictures = sum(served.counted.answered_pictures for served in self._repository)
@@ -277,6 +311,10 @@ for _name, _text in UNSUPPORTED.items():
 async def _abort(context: Any, error: TriviumError, metadata: tuple[tuple[str, str], ...] = ()) -> NoReturn:
     await context.abort(grpc.StatusCode[error.status], str(error), metadata)
     raise AssertionError  # abort raises
+
+
+def _about(request: Any) -> dict[str, Any]:
+    return about(request_id=request_id(request), model=request.model_name[:200], version=request.model_version[:40])
 
 
 async def _one_repository(request: Any, context: Any) -> None:

@@ -34,6 +34,7 @@ def test_every_setting_is_a_flag_a_variable_and_a_key(tmp_path: Path) -> None:
         "max_picture_bytes": 8000, "max_picture_pixels": 9, "grace_seconds": 1.5, "drain_seconds": 2.5,
         "ready_file": "r", "log_level": "debug", "repository": "d", "keep_versions": 2, "watch": True,
         "tls_cert": "c", "tls_key": "k", "tls_client_ca": "a", "tokens": "t",
+        "log_format": "json", "access_log": True, "trace_endpoint": "http://c:4317", "trace_ratio": 0.5,
     }  # fmt: skip
     assert set(values) | {"bundles"} == set(Settings.model_fields)
     file = tmp_path / "c.yaml"
@@ -66,6 +67,9 @@ def test_printed_settings_read_back(tmp_path: Path) -> None:
         (["--max-queue", "10"], {}, r"max_queue \(10\) must hold one request of max_batch \(64\)"),
         (["--drain-seconds", "nan"], {}, "drain_seconds"),
         (["--tls-cert", "c"], {}, "tls_cert and tls_key belong together"),
+        (["--access-log", "--log-level", "error"], {}, "access_log writes at level info, which log_level error hides"),
+        (["--trace-endpoint", "collector:4317"], {}, "trace_endpoint: .*'collector:4317' from the command line"),
+        (["--trace-ratio", "2"], {}, "trace_ratio: "),
         (["--tls-client-ca", "c"], {}, "tls_client_ca needs tls_cert and tls_key"),
         (["--kernels", "maybe"], {}, "kernels: .*'auto', 'on' or 'off'"),
         (["--max-batches", "1"], {}, "unknown flag --max-batches; did you mean '--max-batch'"),
