@@ -16,6 +16,7 @@ COMMANDS = {
     "export": ("export,cpu", "compile a checkpoint or a timm model into a bundle"),
     "bundle": ("cpu", "show or verify a bundle"),
     "serve": ("cpu", "serve bundles over gRPC"),
+    "top": ("cpu", "watch a running server"),
     "predict": ("cpu", "classify picture files with a bundle"),
 }
 """Subcommand -> (extra that brings its packages, one line of help)."""
