@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zipfile
 import zlib
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -34,8 +35,68 @@ GOLDEN_LIMIT = 256 << 20
 """Bytes that the golden answers may take when unpacked."""
 
 
-class Engine:
-    """One ONNX Runtime session over a bundle's graph. Any number of threads may call `run` at once.
+class Backend(ABC):
+    """What answers pictures with a bundle's model. Any number of threads may call its methods at once."""
+
+    bundle: Bundle
+    device: Literal["cpu", "cuda"]
+    kernels: Literal["fused", "function", "tensorrt"]
+    """What computes the heads: the fused kernel, the graph's own function, or a TensorRT plan."""
+    kernels_reason: str
+    """Why that one, in a few words."""
+
+    @abstractmethod
+    def run(self, images: NDArray[np.uint8]) -> HeadStatistics:
+        """Statistics, float32, of pictures uint8 [N, H, W, 3], N >= 1.
+
+        Raises: InvalidRequest where the pictures do not fit the model; EngineError where it fails.
+        """
+
+    @abstractmethod
+    def run_batch(self, images: NDArray[np.uint8], batch: int = 64) -> HeadStatistics:
+        """As `run`, in real batches: for evaluation, where the last bits may depend on the batch."""
+
+    def self_test(self) -> None:
+        """Repeat the bundle's golden pictures, or where it has none see that the graph gives finite numbers.
+
+        Raises: EngineError where an output differs by more than SELF_TEST_TOLERANCE.
+        """
+        path = self.bundle.golden_path
+        if path is None:
+            preprocessing = self.bundle.manifest.preprocessing
+            found = self.run(np.zeros((1, preprocessing.height, preprocessing.width, 3), np.uint8))
+            if not all(np.isfinite(values).all() for values in found):
+                raise EngineError("self-test: the model's answer to a black picture is not finite")
+            return
+        golden = _read_golden(path)
+        try:
+            found = self.run(golden[INPUT])
+        except InvalidRequest as error:
+            raise EngineError(f"self-test: {path.name}: {error}") from None
+        for name, values in found._asdict().items():
+            expected = golden[name]
+            if expected.shape != values.shape or not np.isfinite(expected).all():
+                raise EngineError(f"self-test: {path.name}: {name} is not finite {list(values.shape)}")
+            difference = float(np.max(np.abs(values - expected) / np.maximum(1, np.abs(expected))))
+            # written so that a NaN fails
+            if not difference <= SELF_TEST_TOLERANCE[name]:
+                raise EngineError(
+                    f"self-test: {name} differs by {difference:.2g} from the answer recorded at export, "
+                    f"more than {SELF_TEST_TOLERANCE[name]:g} ({self.kernels} kernels)"
+                )
+
+    def _check(self, images: NDArray[np.uint8]) -> None:
+        preprocessing = self.bundle.manifest.preprocessing
+        shape = (preprocessing.height, preprocessing.width, 3)
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != shape or len(images) == 0:
+            raise InvalidRequest(
+                f"pictures must be uint8 [N, {shape[0]}, {shape[1]}, 3] with N >= 1, "
+                f"got {images.dtype} {list(images.shape)}"
+            )
+
+
+class Engine(Backend):
+    """One ONNX Runtime session over a bundle's graph.
 
     Args:
         bundle: opened and verified.
@@ -47,11 +108,6 @@ class Engine:
     Raises: MissingExtra without onnxruntime; EngineError where the graph does not load, does not have the inputs and
         outputs of the manifest, or the kernel or device asked for is not to be had.
     """
-
-    kernels: Literal["fused", "function"]
-    """Which of the two really runs."""
-    kernels_reason: str
-    """Why that one, in a few words."""
 
     def __init__(
         self,
@@ -105,49 +161,11 @@ class Engine:
         rows = [self._run(images[i : i + batch], self._shrink) for i in range(0, len(images), batch)]
         return HeadStatistics(*(np.concatenate(column) for column in zip(*rows, strict=True)))
 
-    def self_test(self) -> None:
-        """Repeat the bundle's golden pictures, or where it has none see that the graph gives finite numbers.
-
-        Raises: EngineError where an output differs by more than SELF_TEST_TOLERANCE.
-        """
-        path = self.bundle.golden_path
-        if path is None:
-            preprocessing = self.bundle.manifest.preprocessing
-            found = self.run(np.zeros((1, preprocessing.height, preprocessing.width, 3), np.uint8))
-            if not all(np.isfinite(values).all() for values in found):
-                raise EngineError("self-test: the model's answer to a black picture is not finite")
-            return
-        golden = _read_golden(path)
-        try:
-            found = self.run(golden[INPUT])
-        except InvalidRequest as error:
-            raise EngineError(f"self-test: {path.name}: {error}") from None
-        for name, values in found._asdict().items():
-            expected = golden[name]
-            if expected.shape != values.shape or not np.isfinite(expected).all():
-                raise EngineError(f"self-test: {path.name}: {name} is not finite {list(values.shape)}")
-            difference = float(np.max(np.abs(values - expected) / np.maximum(1, np.abs(expected))))
-            # written so that a NaN fails
-            if not difference <= SELF_TEST_TOLERANCE[name]:
-                raise EngineError(
-                    f"self-test: {name} differs by {difference:.2g} from the answer recorded at export, "
-                    f"more than {SELF_TEST_TOLERANCE[name]:g} ({self.kernels} kernels)"
-                )
-
     def _run(self, images: NDArray[np.uint8], options: Any = None) -> HeadStatistics:
         try:
             return HeadStatistics(*self._session.run(OUTPUTS, {INPUT: images}, options))
         except Exception as error:  # as above
             raise EngineError(f"{self.bundle.manifest.model}: ONNX Runtime failed: {_first_line(error)}") from None
-
-    def _check(self, images: NDArray[np.uint8]) -> None:
-        preprocessing = self.bundle.manifest.preprocessing
-        shape = (preprocessing.height, preprocessing.width, 3)
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != shape or len(images) == 0:
-            raise InvalidRequest(
-                f"pictures must be uint8 [N, {shape[0]}, {shape[1]}, 3] with N >= 1, "
-                f"got {images.dtype} {list(images.shape)}"
-            )
 
 
 def _onnxruntime(device: str) -> Any:

@@ -84,6 +84,18 @@ class EngineError(ServerError):
     """The compiled model failed to load or to run."""
 
 
+class EngineMismatch(EngineError):
+    """A compiled engine that this machine cannot run; another way of running the model is left.
+
+    Args:
+        reason: one word for a metric's label, say "other-card".
+    """
+
+    def __init__(self, reason: str, text: str) -> None:
+        super().__init__(text)
+        self.reason = reason
+
+
 class BundleError(ClientError):
     """A bundle that is refused; each reason has a subclass of its own."""
 
