@@ -26,6 +26,7 @@ import grpc
 
 from .config import Settings
 from .errors import ConfigError, PermissionDenied, TriviumError, Unauthenticated
+from .status import abort
 
 RELOAD_SECONDS = 1.0
 """Between looks at the token file."""
@@ -212,7 +213,7 @@ class Guard:
             self.check(method, context)
         except TriviumError as error:
             self._denied[error.status] = self._denied.get(error.status, 0) + 1
-            await context.abort(grpc.StatusCode[error.status], str(error))
+            await abort(context, error)
 
 
 def loopback(peer: str) -> bool:

@@ -22,6 +22,7 @@ from .metrics import Metrics
 from .predictor import Prediction, Predictor
 from .repository import Repository, Served
 from .scheduler import Job, Scheduler
+from .status import abort
 
 UNSUPPORTED = {
     "ModelStreamInfer": "streaming inference is not supported; use ModelInfer",
@@ -101,12 +102,12 @@ class Service(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[mi
                 served.counted.rejected += isinstance(error, QueueFull)
                 served.counted.expired += isinstance(error, DeadlineExceeded)
             self._failed(request, context, served, error.status, str(error), start)
-            await _abort(context, error, self._advice(request, error))
+            await abort(context, error, self._advice(request, error))
         except Exception:
             _log.exception("a request failed", extra=_about(request))
             unknown = EngineError("the request could not be answered; the server's log says why")
             self._failed(request, context, served, unknown.status, str(unknown), start)
-            await _abort(context, unknown, self._advice(request, unknown))
+            await abort(context, unknown, self._advice(request, unknown))
         except asyncio.CancelledError:
             # gRPC cancels the call when its deadline passes as well as when the client leaves
             expired = deadline is not None and monotonic() >= deadline - EXPIRY_SLACK
@@ -153,7 +154,7 @@ class Service(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[mi
         except UnknownModel:
             return service_pb2.ModelReadyResponse(ready=False)
         except TriviumError as error:
-            await _abort(context, error)
+            await abort(context, error)
         return service_pb2.ModelReadyResponse(ready=self.ready)
 
     async def ServerMetadata(self, request: Any, context: Any) -> Any:
@@ -192,11 +193,11 @@ class Service(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[mi
     async def RepositoryModelLoad(self, request: Any, context: Any) -> Any:
         await _one_repository(request, context)
         if request.parameters:
-            await _abort(context, InvalidRequest("load parameters are not supported; bundles are read from the disk"))
+            await abort(context, InvalidRequest("load parameters are not supported; bundles are read from the disk"))
         try:
             await self._lifecycle.load(request.model_name)
         except TriviumError as error:
-            await _abort(context, error)
+            await abort(context, error)
         return service_pb2.RepositoryModelLoadResponse()
 
     async def RepositoryModelUnload(self, request: Any, context: Any) -> Any:
@@ -204,7 +205,7 @@ class Service(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[mi
         try:
             await self._lifecycle.unload(request.model_name)
         except TriviumError as error:
-            await _abort(context, error)
+            await abort(context, error)
         return service_pb2.RepositoryModelUnloadResponse()
 
     async def _run(
@@ -275,7 +276,7 @@ class Service(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[mi
         try:
             return self._repository.get(request.name, request.version)
         except TriviumError as error:
-            return await _abort(context, error)
+            return await abort(context, error)
 
     def _advice(self, request: Any, error: TriviumError) -> tuple[tuple[str, str], ...]:
         """Trailing metadata: where to look in the log, or how long to wait before a full server is tried again.
@@ -308,18 +309,13 @@ for _name, _text in UNSUPPORTED.items():
     setattr(Service, _name, _unsupported(_text))
 
 
-async def _abort(context: Any, error: TriviumError, metadata: tuple[tuple[str, str], ...] = ()) -> NoReturn:
-    await context.abort(grpc.StatusCode[error.status], str(error), metadata)
-    raise AssertionError  # abort raises
-
-
 def _about(request: Any) -> dict[str, Any]:
     return about(request_id=request_id(request), model=request.model_name[:200], version=request.model_version[:40])
 
 
 async def _one_repository(request: Any, context: Any) -> None:
     if request.repository_name:
-        await _abort(context, InvalidRequest("'repository_name' is not supported: there is one repository"))
+        await abort(context, InvalidRequest("'repository_name' is not supported: there is one repository"))
 
 
 def _statistics(served: Served) -> Any:
