@@ -80,6 +80,18 @@ class DeadlineExceeded(ServerError):
     status = "DEADLINE_EXCEEDED"
 
 
+class Cancelled(ServerError):
+    """The call was given up before it was answered."""
+
+    status = "CANCELLED"
+
+
+class Unimplemented(ServerError):
+    """A call that the server does not have."""
+
+    status = "UNIMPLEMENTED"
+
+
 class EngineError(ServerError):
     """The compiled model failed to load or to run."""
 

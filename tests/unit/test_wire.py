@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from tritonclient.grpc import service_pb2
 
 from trivium.runtime.bundle import Manifest
-from trivium.runtime.client import MESSAGE_PICTURES, Client, read_response
+from trivium.runtime.client_codec import read_response
 from trivium.runtime.errors import InvalidRequest
 from trivium.runtime.predictor import Predictor
 from trivium.runtime.scheduler import NORMAL, URGENT
@@ -152,19 +152,3 @@ def test_predictions_survive_the_way(predictor: Predictor, some_pictures: NDArra
     again = write_response("other", predictor.manifest, ("label",), predictions, 0)
     assert [tensor.name for tensor in again.outputs] == ["label"]
     assert write_response("", predictor.manifest, tuple(OUTPUTS), predictions, 11).id == ""
-
-
-def test_a_client_splits_and_keeps_order() -> None:
-    small, large = np.zeros((32, 32, 3), np.uint8), np.zeros((3000, 3000, 3), np.uint8)
-    pictures: list[Any] = [b"a", b"b", small, *[small] * MESSAGE_PICTURES, b"c", large, *[large]]
-    with Client("127.0.0.1:1", "m") as client:
-        messages = list(client._messages(pictures, "mean"))
-    assert [(m.inputs[0].name, m.inputs[0].shape[0]) for m in messages] == [
-        ("encoded_image", 2),
-        ("image", MESSAGE_PICTURES),
-        ("image", 1),
-        ("encoded_image", 1),
-        ("image", 1),
-        ("image", 1),
-    ]
-    assert {m.parameters["router"].string_param for m in messages} == {"mean"}
