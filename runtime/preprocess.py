@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from .bundle import Preprocessing
+from .bundle import Preprocessing, printable
+from .containers import PNG_SIGNATURE, exif_orientation, jpeg_core, jpeg_scans, png_core
 from .errors import InvalidPicture
 
 if TYPE_CHECKING:
@@ -28,7 +29,20 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 MAX_SCANS = 64
 """Of a JPEG. An encoder writes about ten; each costs a pass over all pixels but only a hundred bytes, so that 300 kB
 of them can keep a core busy for half a minute."""
-_ORIENTATION = 0x0112
+MAX_SCANNED = 1 << 30
+"""Pixels of a JPEG times its scans."""
+TURNS = {
+    2: "FLIP_LEFT_RIGHT",
+    3: "ROTATE_180",
+    4: "FLIP_TOP_BOTTOM",
+    5: "TRANSPOSE",
+    6: "ROTATE_270",
+    7: "TRANSVERSE",
+    8: "ROTATE_90",
+}
+"""What brings a picture upright, by its EXIF orientation; 1 is upright."""
+TILE = 1024
+"""Pixels, the side of the squares in which large pictures are converted: a whole one would need several copies."""
 
 # Pillow warns of broken metadata with texts taken from it: strangers would write into the log, and Python would keep
 # every text for ever.
@@ -42,7 +56,8 @@ class Limits:
     max_bytes: int = 32 << 20
     """Of the encoded picture."""
     max_pixels: int = 64_000_000
-    """Of the decoded picture, known from its header; 64 million take 192 MB while they are decoded."""
+    """Of the decoded picture, known from its header; 64 million take up to 512 MB while they are decoded, for Pillow
+    keeps four bytes a pixel, and converting or turning a picture needs a second one."""
 
 
 DEFAULT_LIMITS = Limits()
@@ -59,8 +74,14 @@ def decode(data: bytes, preprocessing: Preprocessing, limits: Limits = DEFAULT_L
 def open_picture(data: bytes, limits: Limits = DEFAULT_LIMITS) -> Image.Image:
     """Decode a JPEG, PNG or WebP: RGB, upright, in its own size.
 
-    The EXIF orientation is applied and an animation's first frame taken. Colour profiles are not applied, as in the
-    usual training pipelines; CMYK is converted without one.
+    Training reads its files with this very function. What of a picture is its pixels is decided as browsers do:
+
+    - The EXIF orientation is applied, that of other metadata is not. Broken metadata spoils no pixels.
+    - Of an animation the first frame is taken, of an animated PNG the picture shown where animation is unknown.
+    - Transparent pictures are laid on white, as colours of 8 bits: a 16-bit RGB's transparent colour is ignored.
+    - 16-bit greys are scaled, not clipped; of other 16-bit channels the upper byte is taken.
+    - Colour profiles and gamma are not applied, as in the usual training pipelines. CMYK is converted without one and
+      read as Adobe writes it, inverted, with or without Adobe's marker.
 
     Raises: InvalidPicture, as decode.
     """
@@ -68,7 +89,7 @@ def open_picture(data: bytes, limits: Limits = DEFAULT_LIMITS) -> Image.Image:
         raise InvalidPicture("the picture is empty: 0 bytes")
     if len(data) > limits.max_bytes:
         raise InvalidPicture(f"the picture has {len(data)} bytes, more than the limit of {limits.max_bytes}")
-    reader, format_name = _reader(data)
+    reader, format_name, data, orientation = _container(data)
     try:
         picture = reader(BytesIO(data))
         width, height = picture.size
@@ -78,18 +99,21 @@ def open_picture(data: bytes, limits: Limits = DEFAULT_LIMITS) -> Image.Image:
             raise InvalidPicture(
                 f"the {format_name} has {width} x {height} pixels, more than the limit of {limits.max_pixels}"
             )
+        if format_name == "JPEG":
+            _check_scans(data, width * height)
         picture.load()
-        return upright_rgb(picture)
+        if format_name == "WebP":
+            orientation = exif_orientation(picture.info.get("exif", b""))
+        if orientation != 1:
+            from PIL.Image import Transpose
+
+            picture = picture.transpose(Transpose[TURNS[orientation]])
+        return _rgb(picture)
     except InvalidPicture:
         raise
     except Exception as error:  # hostile bytes: a decoder may fail in any way, and each way is the picture's fault
-        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+        reason = printable(str(error) or type(error).__name__)[:200]
         raise InvalidPicture(f"the {format_name} cannot be decoded: {reason}") from None
-
-
-def upright_rgb(picture: Image.Image) -> Image.Image:
-    """A picture as `prepare` wants it: RGB, and turned as its EXIF orientation says."""
-    return _rgb(_upright(picture))
 
 
 def prepare(picture: Image.Image, preprocessing: Preprocessing) -> NDArray[np.uint8]:
@@ -97,7 +121,6 @@ def prepare(picture: Image.Image, preprocessing: Preprocessing) -> NDArray[np.ui
 
     A picture that has the model's size already is left as it is. The convention is torchvision's (Resize, then
     CenterCrop), but only the pixels inside the crop are computed, so that a sliver of a picture cannot fill the memory.
-    Transparent pictures are laid on white; 16-bit greys are scaled to 8 bits.
     """
     from PIL import Image
 
@@ -128,42 +151,30 @@ def read_picture(
         raise InvalidPicture(f"{path}: {error}") from None
 
 
-def _reader(data: bytes) -> tuple[Callable[[BytesIO], Image.Image], str]:
+def _container(data: bytes) -> tuple[Callable[[BytesIO], Image.Image], str, bytes, int]:
+    """Who reads a picture, its format, what the reader is given of it, and the orientation known so far."""
     # The plugin itself, not Image.open: that tries other formats and has a process-wide pixel limit of its own.
     if data.startswith(b"\xff\xd8\xff"):
-        if (scans := data.count(b"\xff\xda")) > MAX_SCANS:
-            raise InvalidPicture(f"the JPEG has {scans} scans, more than the limit of {MAX_SCANS}")
         from PIL.JpegImagePlugin import JpegImageFile
 
-        return JpegImageFile, "JPEG"
-    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return JpegImageFile, "JPEG", *jpeg_core(data)
+    if data.startswith(PNG_SIGNATURE):
         from PIL.PngImagePlugin import PngImageFile
 
-        return PngImageFile, "PNG"
+        return PngImageFile, "PNG", *png_core(data)
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         from PIL.WebPImagePlugin import WebPImageFile
 
-        return WebPImageFile, "WebP"
+        return WebPImageFile, "WebP", data, 1
     raise InvalidPicture(f"not a JPEG, PNG or WebP picture: it begins with the bytes {data[:8].hex(' ')}")
 
 
-def _upright(picture: Image.Image) -> Image.Image:
-    from PIL.Image import Transpose
-
-    turns = {
-        2: Transpose.FLIP_LEFT_RIGHT,
-        3: Transpose.ROTATE_180,
-        4: Transpose.FLIP_TOP_BOTTOM,
-        5: Transpose.TRANSPOSE,
-        6: Transpose.ROTATE_270,
-        7: Transpose.TRANSVERSE,
-        8: Transpose.ROTATE_90,
-    }
-    try:
-        orientation = picture.getexif().get(_ORIENTATION, 1)
-    except Exception:  # broken metadata does not spoil the pixels
-        return picture
-    return picture.transpose(turns[orientation]) if orientation in turns else picture
+def _check_scans(core: bytes, pixels: int) -> None:
+    scans = jpeg_scans(core)
+    if scans > MAX_SCANS:
+        raise InvalidPicture(f"the JPEG has {scans} scans, more than the limit of {MAX_SCANS}")
+    if scans * pixels > MAX_SCANNED:
+        raise InvalidPicture(f"the JPEG has {scans} scans of {pixels} pixels, more than the limit of {MAX_SCANNED}")
 
 
 def _rgb(picture: Image.Image) -> Image.Image:
@@ -171,10 +182,28 @@ def _rgb(picture: Image.Image) -> Image.Image:
 
     if picture.mode == "RGB" and "transparency" not in picture.info:
         return picture
+    width, height = picture.size
+    if width * height <= TILE * TILE:
+        return _converted(picture)
+    whole = Image.new("RGB", picture.size)
+    for top in range(0, height, TILE):
+        for left in range(0, width, TILE):
+            box = left, top, min(left + TILE, width), min(top + TILE, height)
+            whole.paste(_converted(picture.crop(box)), box)
+    return whole
+
+
+def _converted(picture: Image.Image) -> Image.Image:
+    from PIL import Image
+
+    transparent = picture.info.get("transparency")
     if picture.mode.startswith("I"):
-        grey = np.asarray(picture).astype(np.int64)
-        return Image.fromarray(((grey + 128) // 257).clip(0, 255).astype(np.uint8)).convert("RGB")
-    if "transparency" in picture.info or picture.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
+        values = np.asarray(picture).astype(np.int32)
+        grey = ((values + 128) // 257).clip(0, 255).astype(np.uint8)
+        if isinstance(transparent, int):
+            grey[values == transparent] = 255
+        return Image.fromarray(grey).convert("RGB")
+    if transparent is not None or picture.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
         layer = picture.convert("RGBA")
         white = Image.new("RGB", layer.size, (255, 255, 255))
         white.paste(layer, mask=layer.getchannel("A"))

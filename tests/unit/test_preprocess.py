@@ -18,7 +18,7 @@ from PIL import Image
 
 from trivium.runtime.bundle import Preprocessing
 from trivium.runtime.errors import InvalidPicture
-from trivium.runtime.preprocess import Limits, decode, prepare, read_picture
+from trivium.runtime.preprocess import Limits, _rgb, decode, prepare, read_picture
 
 PLAIN = Preprocessing(height=32, width=32, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
@@ -285,10 +285,65 @@ def test_a_sliver_within_the_limit_of_pixels_does_not_fill_the_memory() -> None:
     assert kilobytes < 100_000
 
 
-def test_a_png_with_a_text_bomb() -> None:
-    text = chunk(b"zTXt", b"Comment\0\0" + zlib.compress(b"\0" * 50_000_000, 9))
-    with pytest.raises(InvalidPicture, match="the PNG cannot be decoded: "):
-        decode(png(32, 32, 8, 0, (b"\0" + b"\x33" * 32) * 32, text), PLAIN)
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of memory is read from /proc")
+@pytest.mark.parametrize("color", [0, 4], ids=["16-bit grey", "grey with alpha"])
+def test_converting_needs_one_more_picture_and_not_several(color: int) -> None:
+    side, depth = 4000, 16 if color == 0 else 8
+    outcome, kilobytes = growth(png(side, side, depth, color, bytes(side * (1 + 2 * side))))
+    assert outcome == "(224, 224, 3)"
+    # four bytes a pixel, twice, and the tiles
+    assert kilobytes < 2.5 * 4 * side * side / 1024
+
+
+def test_texts_and_profiles_of_a_png_are_not_unpacked() -> None:
+    bomb = zlib.compress(b"\0" * 50_000_000, 9)
+    texts = chunk(b"zTXt", b"Comment\0\0" + bomb) + chunk(b"iCCP", b"profile\0\0" + bomb)
+    found = decode(png(32, 32, 8, 0, (b"\0" + b"\x33" * 32) * 32, texts), PLAIN)
+    np.testing.assert_array_equal(found, np.full((32, 32, 3), 0x33, np.uint8))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_endless_metadata_is_refused(kind: str) -> None:
+    data = encoded(Image.fromarray(noise()), kind)
+    many = b"\xff\xfe\0\2" * 5000 if kind == "JPEG" else chunk(b"prVt", b"") * 70_000
+    start = 2 if kind == "JPEG" else 33
+    with pytest.raises(InvalidPicture, match=rf"^the {kind} has more than \d+ (segments|chunks)"):
+        decode(data[:start] + many + data[start:], PLAIN)
+
+
+def test_a_jpegs_tables_are_limited() -> None:
+    data = encoded(Image.fromarray(noise()), "JPEG")
+    table = data[data.index(b"\xff\xdb") : data.index(b"\xff\xdb") + 69]
+    assert decode(data[:2] + table * 100 + data[2:], PLAIN).shape == (32, 32, 3)
+    with pytest.raises(InvalidPicture, match=r"^the JPEG's tables take more than 262144 bytes$"):
+        decode(data[:2] + table * 4000 + data[2:], PLAIN)
+
+
+def test_a_film_behind_a_jpeg_is_no_scan() -> None:
+    data = encoded(Image.fromarray(noise()), "JPEG")
+    film = np.random.default_rng(1).bytes(10_000) + b"\xff\xda" * 100
+    np.testing.assert_array_equal(decode(data + film, PLAIN), decode(data, PLAIN))
+
+
+def test_scans_of_a_large_jpeg_are_limited_by_its_pixels() -> None:
+    data = encoded(Image.new("RGB", (5000, 5000)), "JPEG", progressive=True)
+    scan = data[data.rindex(b"\xff\xda") : -2]
+    with pytest.raises(InvalidPicture, match=r"^the JPEG has \d+ scans of 25000000 pixels, more than the limit"):
+        decode(data[:-2] + scan * 50 + data[-2:], PLAIN)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "I;16", "CMYK"])
+def test_large_pictures_are_converted_as_small_ones(mode: str) -> None:
+    picture = Image.fromarray(noise(7, 2500)).resize((2500, 70)).convert("RGBA" if mode == "LA" else "RGB")
+    if mode == "I;16":
+        values = np.random.default_rng(2).integers(0, 65536, (70, 2500)).astype(np.uint16)
+        picture = Image.fromarray(values)
+    else:
+        picture = picture.convert(mode)
+        if "A" in mode:
+            picture.putalpha(Image.fromarray(noise(70, 2500)[..., 0]))
+    parts = [np.asarray(_rgb(picture.crop((x, 0, x + 500, 70)))) for x in range(0, 2500, 500)]
+    np.testing.assert_array_equal(np.asarray(_rgb(picture)), np.concatenate(parts, axis=1))
 
 
 VALID = [encoded(Image.fromarray(noise(16, 16)), kind) for kind in ("JPEG", "PNG", "WEBP")]
