@@ -67,7 +67,7 @@ gpu-check:  ## on a machine with a card: build, check and time the CUDA kernels 
 	PYTHONPATH=.namespace $(PYTHON) -m tests.gpu_check
 
 soak: venv  ## ten minutes of clients that misbehave
-	TRIVIUM_SOAK_SECONDS=600 $(BIN)/python -m pytest --timeout 900 tests/integration/test_fire.py
+	TRIVIUM_SOAK_SECONDS=600 $(BIN)/python -m pytest -s --timeout 1200 tests/integration/fire
 
 wheel: venv  ## one wheel for every Python, in dist
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .

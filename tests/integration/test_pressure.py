@@ -84,6 +84,24 @@ def test_expired_requests_never_run(asked: Asked) -> None:
     assert asked.server.metric("trivium_requests_total", code="DEADLINE_EXCEEDED") == 8
 
 
+def test_what_expired_while_the_server_was_frozen_never_runs(asked: Asked) -> None:
+    busy = asked.occupy(2, priority=1)
+    limit = int(1e6 * (4 * asked.each + 0.5))
+    calls = [asked.stub.ModelInfer.future(message(timeout=limit)) for _ in range(20)]
+    asked.server.wait_until(lambda: asked.server.metric("trivium_in_flight_requests") > 10)
+    asked.server.process.send_signal(signal.SIGSTOP)
+    time.sleep(limit * 1e-6)
+    asked.server.process.send_signal(signal.SIGCONT)
+    codes = [code(call) for call in calls]
+    assert set(codes) <= {"OK", "DEADLINE_EXCEEDED"}
+    assert code(busy) == "OK"
+    asked.idle()
+    executed = asked.server.metric("trivium_executed_pictures_total")
+    # the one picture that was running when the server froze may have lost its reader
+    assert 4 + codes.count("OK") <= executed <= 4 + codes.count("OK") + 1
+    assert codes.count("DEADLINE_EXCEEDED") > 0
+
+
 def test_cancelled_requests_leave_the_queue(asked: Asked) -> None:
     busy = asked.occupy(8)
     calls = [asked.stub.ModelInfer.future(message(8, priority=2)) for _ in range(2)]
