@@ -44,8 +44,9 @@ class Model:
     version: str
     kernels: str
     device: str
+    requests: dict[str, int]
+    """Since the server started, by status code."""
     requests_per_second: dict[str, float]
-    """By status code."""
     pictures_per_second: float
     expired_per_second: float
     rejected_per_second: float
@@ -133,6 +134,7 @@ def _model(window: Window, after: Scrape, engine: dict[str, str]) -> Model:
         version=engine["version"],
         kernels=engine["kernels"],
         device=engine["device"],
+        requests={code: int(after.total("trivium_requests_total", **key, code=code)) for code in codes},
         requests_per_second={code: window.rate("trivium_requests_total", **key, code=code) for code in codes},
         pictures_per_second=pictures / window.seconds,
         expired_per_second=window.rate("trivium_expired_total", **key),
@@ -205,9 +207,9 @@ def main() -> None:
             if isinstance(found, Frame):
                 last = found
                 rates.append(sum(sum(model.requests_per_second.values()) for model in found.models))
-                live.update(top_view.render(found, list(rates)), refresh=True)
+                live.update(top_view.render(found, list(rates), *console.size), refresh=True)
             else:
-                live.update(top_view.gone(str(found), last, list(rates)), refresh=True)
+                live.update(top_view.gone(str(found), last, list(rates), *console.size), refresh=True)
 
 
 def _print(address: str, interval: float, once: bool, as_json: bool, console: Console) -> None:
@@ -219,7 +221,7 @@ def _print(address: str, interval: float, once: bool, as_json: bool, console: Co
         elif as_json:
             print(json.dumps(asdict(found)), flush=True)
         else:
-            console.print(top_view.render(found, []))
+            console.print(top_view.render(found, [], console.width))
         if once:
             return
 

@@ -11,19 +11,29 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from .top import Frame, Model, Spread
+    from .top import Frame, Model
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 EIGHTHS = " ▏▎▍▌▋▊▉"
 BAR = 12
 """Characters of a full bar."""
+WIDE = 100
+"""Columns in which a model's two halves stand side by side."""
 LATE_SECONDS = 1.0
 """A queue whose oldest picture has waited longer is shown in red."""
 
 
-def render(frame: Frame, rates: list[float]) -> RenderableType:
-    """A frame, below it each model; `rates` are requests per second of the frames so far."""
-    return Group(_head(frame), _server(frame, rates), *(_model(model) for model in frame.models))
+def render(frame: Frame, rates: list[float], width: int = WIDE, height: int | None = None) -> RenderableType:
+    """A frame, below it each model, in a line each where they would not fit a screen of `height` lines.
+
+    Args:
+        rates: requests per second of the frames so far.
+    """
+    wide = width >= WIDE
+    lines = 7 + sum(4 + max(len(outcomes(one)) + 8, 3 * len(one.head_share) + 5) for one in frame.models)
+    fits = height is None or (wide and lines <= height)
+    models = [_model(model, wide) for model in frame.models] if fits else [_short(frame.models)]
+    return Group(_head(frame), _server(frame, rates), *models)
 
 
 def waiting(address: str) -> RenderableType:
@@ -31,10 +41,16 @@ def waiting(address: str) -> RenderableType:
     return Text(f"trivium  {address}  looking ...", style="dim")
 
 
-def gone(reason: str, last: Frame | None, rates: list[float]) -> RenderableType:
+def gone(
+    reason: str, last: Frame | None, rates: list[float], width: int = WIDE, height: int | None = None
+) -> RenderableType:
     """The server does not answer: why, over what was seen last."""
     notice = Panel(Text(f"{reason}; trying again"), style="bold red", box=box.HEAVY)
-    return Group(notice) if last is None else Group(notice, render(last, rates))
+    return (
+        Group(notice)
+        if last is None
+        else Group(notice, render(last, rates, width, None if height is None else height - 3))
+    )
 
 
 def _head(frame: Frame) -> RenderableType:
@@ -43,7 +59,9 @@ def _head(frame: Frame) -> RenderableType:
     line.add_column(justify="right")
     state = Text("● ready", "bold green") if frame.ready else Text("● not ready", "bold red")
     left = Text.assemble(("trivium ", "bold"), (frame.release, "dim"), f"  {frame.server}  ", state)
-    right = Text(f"up {_duration(frame.uptime_seconds)}   last {frame.window_seconds:.1f} s   {frame.time}", "dim")
+    right = Text(
+        f"up {_duration(frame.uptime_seconds)}   window {frame.window_seconds:.1f} s   {frame.time[11:]}", "dim"
+    )
     line.add_row(left, right)
     return line
 
@@ -55,7 +73,6 @@ def _server(frame: Frame, rates: list[float]) -> RenderableType:
     table = Table.grid(padding=(0, 3), expand=True)
     for _ in range(4):
         table.add_column(ratio=1, no_wrap=True)
-    busy = frame.running / frame.instances if frame.instances else 0.0
     table.add_row(
         _pair("requests/s", _number(requests)),
         _pair("pictures/s", _number(pictures)),
@@ -65,7 +82,7 @@ def _server(frame: Frame, rates: list[float]) -> RenderableType:
     table.add_row(
         _pair("queue", f"{frame.queue_depth} pictures"),
         _pair("oldest", _seconds(frame.queue_age_seconds), "bold red" if late else "bold"),
-        _pair("workers", f"{frame.running}/{frame.instances} ").append_text(_bar(busy, "cyan", 6)),
+        _pair("workers busy", f"{frame.running}/{frame.instances}"),
         _pair("memory", f"{frame.rss_bytes / 1e6:.0f} MB"),
     )
     troubles = [
@@ -82,11 +99,15 @@ def _server(frame: Frame, rates: list[float]) -> RenderableType:
     return Panel(Group(*rows), box=box.ROUNDED, border_style="dim")
 
 
-def _model(model: Model) -> RenderableType:
+def _model(model: Model, wide: bool) -> RenderableType:
     body = Table.grid(padding=(0, 4), expand=True)
-    body.add_column(ratio=10)
-    body.add_column(ratio=11)
-    body.add_row(Group(_outcomes(model), "", _stages(model)), Group(_heads(model), "", _uncertainty(model)))
+    left, right = (_outcomes(model), "", _stages(model)), (_heads(model), "", _uncertainty(model))
+    if wide:
+        body.add_column(ratio=10)
+        body.add_column(ratio=11)
+        body.add_row(Group(*left), Group(*right))
+    else:
+        body.add_row(Group(*left, "", *right))
     title = Text.assemble((f" {model.name} ", "bold"), (f"version {model.version} ", ""))
     subtitle = Text(f" {model.kernels} kernels on {model.device} ", "dim")
     return Panel(
@@ -97,20 +118,26 @@ def _model(model: Model) -> RenderableType:
 
 def _outcomes(model: Model) -> RenderableType:
     table = Table(box=None, pad_edge=False, expand=True, header_style="dim")
-    table.add_column("status", no_wrap=True)
+    table.add_column("requests", no_wrap=True)
     table.add_column("per second", justify="right", no_wrap=True)
-    for code, rate in sorted(model.requests_per_second.items(), key=lambda one: -one[1]):
-        table.add_row(Text(code, "green" if code == "OK" else "yellow" if rate else "dim"), _number(rate))
-    troubles = (
+    table.add_column("in all", justify="right", no_wrap=True)
+    for name, rate, total in outcomes(model):
+        style = "green" if name == "OK" else "yellow" if rate else "" if total else "dim"
+        table.add_row(Text(name, style), Text(_number(rate), style), Text(str(total), "dim"))
+    return table
+
+
+def outcomes(model: Model) -> list[tuple[str, float, int]]:
+    """How requests ended, per second and since the start: answered, shed, expired, cancelled, by other status."""
+    rates, totals = model.requests_per_second, model.requests
+    known = [
+        ("OK", rates.get("OK", 0.0), totals.get("OK", 0)),
         ("shed", model.rejected_per_second, model.rejected),
         ("expired", model.expired_per_second, model.expired),
         ("cancelled", model.cancelled_per_second, model.cancelled),
-    )
-    line = Text()
-    for name, rate, total in troubles:
-        style = "yellow" if rate else "dim" if not total else ""
-        line.append(f"{name} {_number(rate)}/s ", style).append(f"({total})   ", "dim")
-    return Group(table, line)
+    ]
+    told = {"OK", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED", "CANCELLED"}
+    return known + [(code, rates[code], totals[code]) for code in sorted(rates) if code not in told]
 
 
 def _stages(model: Model) -> RenderableType:
@@ -143,17 +170,39 @@ def _heads(model: Model) -> RenderableType:
 def _uncertainty(model: Model) -> RenderableType:
     table = Table(box=None, pad_edge=False, expand=True, header_style="dim")
     table.add_column("nats", no_wrap=True)
-    for name in ("p50", "p90"):
-        table.add_column(f"entropy {name}", justify="right")
-    for name in ("p50", "p90"):
-        table.add_column(f"MI {name}", justify="right")
-    for head, entropy in model.predictive_entropy.items():
-        information = model.mutual_information[head]
-        table.add_row(head, *(_nats(one) for one in (entropy.p50, entropy.p90, information.p50, information.p90)))
+    table.add_column("", no_wrap=True)
+    for name in ("p50", "p90", "mean"):
+        table.add_column(name, justify="right", no_wrap=True)
+    rows = [("entropy", head, spread) for head, spread in model.predictive_entropy.items()]
+    rows += [("mutual inf.", head, spread) for head, spread in model.mutual_information.items()]
     if model.divergence is not None:
-        divergence: Spread = model.divergence
-        table.add_row("KL clean-robust", _nats(divergence.p50), _nats(divergence.p90), "", "")
+        rows.append(("KL", "clean, robust", model.divergence))
+    last = ""
+    for name, head, spread in rows:
+        table.add_row("" if name == last else name, head, *map(_nats, (spread.p50, spread.p90, spread.mean)))
+        last = name
     return table
+
+
+def _short(models: list[Model]) -> RenderableType:
+    """A line for each model, for a screen that does not hold more."""
+    table = Table(box=None, pad_edge=False, expand=True, header_style="dim")
+    table.add_column("model", no_wrap=True)
+    for name in ("req/s", "p50 ms", "p99 ms", "queue p99", "shed/s", "late/s", "other/s"):
+        table.add_column(name, justify="right", min_width=6)
+    table.add_column("answered by", no_wrap=True, overflow="ellipsis")
+    for model in models:
+        (_, good, _), (_, shed, _), (_, late, _), *others = outcomes(model)
+        total, queue = model.stage_seconds["total"], model.stage_seconds["queue"]
+        shares = sorted(((share, head) for head, share in model.head_share.items() if share), reverse=True)
+        table.add_row(
+            f"{model.name}/{model.version}",
+            _number(good),
+            *(_milliseconds(value) for value in (total.p50, total.p99, queue.p99)),
+            *(Text(_number(rate), "yellow" if rate else "dim") for rate in (shed, late, sum(one[1] for one in others))),
+            ", ".join(f"{head} {100 * share:.0f} %" for share, head in shares),
+        )
+    return Panel(table, box=box.ROUNDED, border_style="dim")
 
 
 def sparkline(values: list[float]) -> str:
@@ -162,10 +211,10 @@ def sparkline(values: list[float]) -> str:
     return "".join(BLOCKS[min(7, int(value / top * 8))] if top > 0 else BLOCKS[0] for value in values)
 
 
-def _bar(share: float, color: str, width: int = BAR) -> Text:
-    whole, part = divmod(round(max(0.0, min(1.0, share)) * width * 8), 8)
+def _bar(share: float, color: str) -> Text:
+    whole, part = divmod(round(max(0.0, min(1.0, share)) * BAR * 8), 8)
     filled = "█" * whole + (EIGHTHS[part] if part else "")
-    return Text.assemble((filled, color), ("·" * (width - len(filled)), "dim"))
+    return Text.assemble((filled, color), ("·" * (BAR - len(filled)), "dim"))
 
 
 def _pair(name: str, value: str, style: str = "bold") -> Text:
