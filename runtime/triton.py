@@ -1,0 +1,184 @@
+"""Answering inside a Triton server: the class behind the model.py of an exported model repository.
+
+Triton's Python back end runs one process an instance, and hands each the requests of one batch at a time. Triton's
+core checks names, types and shapes against config.pbtxt; what it cannot know is checked here, request by request, so
+that a bad picture fails alone. `backend` is triton_python_backend_utils, which exists in the server's processes only.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter_ns
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trivium.kernels import HeadStatistics
+
+from .errors import EngineError, InvalidRequest, TriviumError
+from .predictor import Prediction, Predictor, Timings
+
+BUNDLE = "bundle"
+"""The bundle's folder within the version's."""
+IMAGE, ENCODED = "image", "encoded_image"
+CODES = {"INVALID_ARGUMENT": "INVALID_ARG", "NOT_FOUND": "NOT_FOUND", "UNAVAILABLE": "UNAVAILABLE"}
+"""gRPC status -> the TritonError code that becomes it; any other is INTERNAL."""
+
+
+@dataclass(slots=True)
+class Pictures:
+    """What one request asks."""
+
+    images: NDArray[np.uint8]
+    """[N, H, W, 3]."""
+    decode_ns: list[int]
+    router: str | None
+
+
+class Model:
+    """A bundle as a model of Triton's Python back end; a subclass in model.py sets `backend`."""
+
+    backend: ClassVar[Any]
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Load this version's bundle, repeat its golden answers, and see that tensors reach the server.
+
+        Raises: TriviumError, whose text Triton gives as the reason why the model is not loaded.
+        """
+        check_tensors(self.backend)
+        config = json.loads(args["model_config"])
+        parameters = {name: value["string_value"] for name, value in config["parameters"].items()}
+        self.max_batch = int(parameters["max_batch"])
+        self.outputs = [output["name"] for output in config["output"]]
+        self.predictor = Predictor.load(
+            Path(args["model_repository"], args["model_version"], BUNDLE),
+            device="cuda" if parameters["device"] == "cuda" else "cpu",
+        )
+        # a later release than 2.51 can send them
+        self.has_parameters = "parameters" in (self.backend.InferenceResponse.__init__.__doc__ or "")
+
+    def execute(self, requests: Sequence[Any]) -> list[Any]:
+        """The responses to the requests of one batch, each an answer or an error of its own."""
+        asked = [self._read(request) for request in requests]
+        good = [one for one in asked if isinstance(one, Pictures)]
+        answers = iter(self._answer(good) if good else ())
+        return [
+            self._response(request, next(answers) if isinstance(one, Pictures) else one)
+            for request, one in zip(requests, asked, strict=True)
+        ]
+
+    def _read(self, request: Any) -> Pictures | TriviumError:
+        try:
+            router = _router(json.loads(request.parameters() or "{}"))
+            tensors = {name: self.backend.get_input_tensor_by_name(request, name) for name in (IMAGE, ENCODED)}
+            given = [name for name, tensor in tensors.items() if tensor is not None]
+            if len(given) != 1:
+                raise InvalidRequest(f"expected one input, {IMAGE!r} or {ENCODED!r}, got {', '.join(given) or 'none'}")
+            array = tensors[given[0]].as_numpy()
+            if not 1 <= len(array) <= self.max_batch:
+                raise InvalidRequest(
+                    f"inference request batch-size must be <= {self.max_batch} for "
+                    f"{self.predictor.manifest.name!r}, and at least 1, got {len(array)}"
+                )
+            if given == [IMAGE]:
+                return Pictures(array, [0] * len(array), router)
+            return self._decode(array.ravel().tolist(), router)
+        except TriviumError as error:
+            return error
+
+    def _decode(self, encoded: Sequence[bytes], router: str | None) -> Pictures:
+        images, times = [], []
+        for index, data in enumerate(encoded):
+            start = perf_counter_ns()
+            try:
+                images.append(self.predictor.decode(data))
+            except TriviumError as error:
+                if len(encoded) == 1:
+                    raise
+                raise type(error)(f"picture {index}: {error}") from None
+            times.append(perf_counter_ns() - start)
+        return Pictures(np.stack(images), times, router)
+
+    def _answer(self, asked: Sequence[Pictures]) -> list[list[Prediction] | TriviumError]:
+        """One run of the engine for all requests; each is routed by its own rule."""
+        images = asked[0].images if len(asked) == 1 else np.concatenate([one.images for one in asked])
+        start = perf_counter_ns()
+        try:
+            statistics = self.predictor.engine.run(images)
+        except TriviumError as error:
+            return [error] * len(asked)
+        compute_ns = (perf_counter_ns() - start) // len(images)
+        rows = iter(range(len(images)))
+        answers: list[list[Prediction] | TriviumError] = []
+        for one in asked:
+            own = [next(rows) for _ in one.decode_ns]
+            try:
+                answers.append(
+                    [
+                        self.predictor.answer(
+                            HeadStatistics(*(values[row : row + 1] for values in statistics)),
+                            one.router,
+                            Timings(decode_ns, 0, compute_ns),
+                        )
+                        for row, decode_ns in zip(own, one.decode_ns, strict=True)
+                    ]
+                )
+            except TriviumError as error:
+                answers.append(error)
+        return answers
+
+    def _response(self, request: Any, answer: list[Prediction] | TriviumError) -> Any:
+        backend = self.backend
+        if isinstance(answer, TriviumError):
+            code = getattr(backend.TritonError, CODES.get(answer.status, "INTERNAL"))
+            return backend.InferenceResponse(error=backend.TritonError(str(answer), code))
+        wanted = set(request.requested_output_names())
+        tensors = [backend.Tensor(name, column(answer, name)) for name in self.outputs if name in wanted]
+        if not self.has_parameters:
+            return backend.InferenceResponse(tensors)
+        timings = [one.timings for one in answer]
+        return backend.InferenceResponse(
+            tensors,
+            parameters={f"{stage}_ns": sum(getattr(one, stage) for one in timings) for stage in STAGES},
+        )
+
+
+def column(predictions: Sequence[Prediction], name: str) -> NDArray[Any]:
+    """One output of all predictions, batch first; text as objects of bytes, which is how Triton takes it."""
+    values = [getattr(prediction, name) for prediction in predictions]
+    if isinstance(values[0], str):
+        return np.array([value.encode() for value in values], dtype=np.object_)
+    return np.stack(values) if isinstance(values[0], np.ndarray) else np.array(values, np.int64)
+
+
+def check_tensors(backend: Any) -> None:
+    """See that an array survives the way into one of Triton's tensors.
+
+    Raises: EngineError where it does not: Python back ends older than NumPy 2 then make empty tensors, without an
+        error, and the server would answer OK with nothing in it.
+    """
+    for array in (np.arange(6, dtype=np.float32).reshape(2, 3), np.array([b"a", b"bc"], dtype=np.object_)):
+        tensor = backend.Tensor("probe", array)
+        if not np.array_equal(tensor.as_numpy(), array):
+            raise EngineError(
+                f"this tritonserver makes empty tensors of NumPy {np.__version__}'s arrays; "
+                "run: pip install 'numpy<2' in the model's environment"
+            )
+
+
+def _router(parameters: dict[str, Any]) -> str | None:
+    """The request's parameters; priority and timeout are Triton's own and do not come here."""
+    for name, value in parameters.items():
+        if name != "router":
+            raise InvalidRequest(f"unknown request parameter {name[:100]!r}; known: router, priority, timeout")
+        if not isinstance(value, str):
+            raise InvalidRequest(f"parameter 'router' must be a string, got {type(value).__name__}")
+    return parameters.get("router")
+
+
+STAGES = ("decode", "compute", "route")
+"""Of the response parameters; the queue is Triton's, whose statistics tell of it."""
