@@ -17,7 +17,7 @@ COMMANDS = {
     "bundle": ("cpu", "show or verify a bundle"),
     "serve": ("cpu", "serve bundles over gRPC"),
     "top": ("cpu", "watch a running server"),
-    "predict": ("cpu", "classify picture files with a bundle"),
+    "predict": ("cpu", "classify picture files with a bundle, or by a server"),
 }
 """Subcommand -> (extra that brings its packages, one line of help)."""
 

@@ -245,7 +245,7 @@ class ClientCore:
 
     def _config(self, deadline: float) -> Steps[Any]:
         name = yield from self._find_model(deadline)
-        return (yield from self._ask("ModelConfig", service_pb2.ModelConfigRequest(name=name), deadline))
+        return (yield from self._ask("ModelConfig", service_pb2.ModelConfigRequest(name=name, version=self.version), deadline))
 
     def _ask(
         self, method: str, message: Any, deadline: float, metadata: Metadata | None = None, retry: bool = True

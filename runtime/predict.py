@@ -1,4 +1,4 @@
-"""`trivium predict`: classify picture files with a bundle, as a table or as one JSON object a line."""
+"""`trivium predict`: classify picture files with a bundle or by a server, as a table or as one JSON object a line."""
 
 from __future__ import annotations
 
@@ -6,53 +6,136 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from time import perf_counter_ns
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
-from .bundle import Manifest, printable
+from .bundle import printable
 from .cpus import usable_cpus
-from .errors import InvalidPicture, InvalidRequest
+from .errors import ConfigError, InvalidPicture, InvalidRequest
 from .predictor import Prediction, Predictor
 from .preprocess import SUFFIXES, read_picture
 from .router import routers
 
+if TYPE_CHECKING:
+    from .client import Client
+
+Answer: TypeAlias = "Callable[[str], Prediction | InvalidPicture]"
+LOCAL = ("kernels", "device")
+REMOTE = ("model", "timeout", "token_file", "tls", "tls_ca", "tls_cert", "tls_key")
+"""Options that belong to a bundle alone, or to a server alone."""
+IN_FLIGHT = 8
+"""Pictures that a server is asked about at a time."""
 WIDTH = 1000
 """Columns of a table that goes into a file or a pipe, where nothing needs to be folded."""
 
 
+class Names(Protocol):
+    """What the axes of a prediction mean: a bundle's manifest, or what a server says of a model."""
+
+    @property
+    def heads(self) -> Sequence[str]: ...
+
+    @property
+    def classes(self) -> Sequence[str]: ...
+
+
 def main() -> None:
     """Answer every picture that can be read; exit status 1 where some could not."""
-    parser = argparse.ArgumentParser(prog=sys.argv[0], description="Classify picture files with a bundle.")
-    parser.add_argument("bundle", metavar="BUNDLE", help="directory of a bundle")
-    parser.add_argument("images", metavar="IMAGE", nargs="+", help="JPEG, PNG or WebP files, or directories of them")
-    parser.add_argument("--router", metavar="NAME", help="a head's name or a rule; the bundle's own choice by default")
-    parser.add_argument("--json", action="store_true", help="one JSON object a line")
-    parser.add_argument("--top", metavar="N", type=_positive, default=1, help="classes to show a picture (default 1)")
-    parser.add_argument("--kernels", choices=["auto", "on", "off"], default="auto", help="use of the fused kernel")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    arguments = parser.parse_args()
-
-    predictor = Predictor.load(arguments.bundle, kernels=arguments.kernels, device=arguments.device)
-    available = routers(predictor.manifest)
-    if arguments.router is not None and arguments.router not in available:
-        raise InvalidRequest(f"unknown router {arguments.router!r}; this model has: {', '.join(available)}")
-    failed = 0
-    rows: list[tuple[str, Prediction]] = []
-    for path, answer in predict(predictor, list(pictures(arguments.images)), arguments.router):
-        if isinstance(answer, InvalidPicture):
-            failed += 1
-            print(f"{sys.argv[0]}: {printable(str(answer))}", file=sys.stderr)
-        elif arguments.json:
-            print(json.dumps(record(path, answer, predictor.manifest, arguments.top), ensure_ascii=False), flush=True)
+    arguments = _arguments()
+    one: Answer
+    names: Names
+    with ExitStack() as stack:
+        if arguments.server is None:
+            predictor = Predictor.load(
+                arguments.bundle, kernels=arguments.kernels or "auto", device=arguments.device or "cpu"
+            )
+            names, available, workers = predictor.manifest, routers(predictor.manifest), usable_cpus()
+            one = partial(_local, predictor, arguments.router)
         else:
-            rows.append((path, answer))
+            client = stack.enter_context(_client(arguments))
+            names = metadata = client.metadata()
+            available, workers = list(metadata.routers), IN_FLIGHT
+            one = partial(_served, client, arguments.router)
+        if arguments.router is not None and arguments.router not in available:
+            raise InvalidRequest(f"unknown router {arguments.router!r}; this model has: {', '.join(available)}")
+        failed = 0
+        rows: list[tuple[str, Prediction]] = []
+        for path, answer in predict(one, list(pictures(arguments.images)), workers):
+            if isinstance(answer, InvalidPicture):
+                failed += 1
+                print(f"{sys.argv[0]}: {printable(str(answer))}", file=sys.stderr)
+            elif arguments.json:
+                print(json.dumps(record(path, answer, names, arguments.top), ensure_ascii=False), flush=True)
+            else:
+                rows.append((path, answer))
     if rows:
-        print_table(rows, predictor.manifest, arguments.top)
+        print_table(rows, names, arguments.top)
     if failed:
         raise SystemExit(1)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog=sys.argv[0],
+        usage="%(prog)s [options] BUNDLE IMAGE...\n       %(prog)s [options] --server HOST:PORT IMAGE...",
+        description="Classify picture files with a bundle, or ask a server that does.",
+    )
+    parser.add_argument("images", metavar="IMAGE", nargs="+", help="JPEG, PNG or WebP files, or directories of them")
+    parser.add_argument("--router", metavar="NAME", help="a head's name or a rule; the model's own choice by default")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    parser.add_argument("--top", metavar="N", type=_positive, default=1, help="classes to show a picture (default 1)")
+    local = parser.add_argument_group("with a bundle")
+    local.add_argument("--kernels", choices=["auto", "on", "off"], help="use of the fused kernel (default auto)")
+    local.add_argument("--device", choices=["cpu", "cuda"], help="default cpu")
+    remote = parser.add_argument_group("with a server")
+    parser.add_argument("--server", metavar="HOST:PORT", help="of its gRPC")
+    remote.add_argument("--model", metavar="NAME[/VERSION]", help="needed where it has several, or does not list them")
+    remote.add_argument("--timeout", metavar="SECONDS", type=float, help="for each picture (default 30)")
+    remote.add_argument("--token-file", metavar="FILE", help="holds a bearer token")
+    remote.add_argument("--tls", action="store_true", default=None, help="encrypt; the files below imply it")
+    remote.add_argument("--tls-ca", metavar="FILE", help="PEM: who must have signed the server's certificate")
+    remote.add_argument("--tls-cert", metavar="FILE", help="PEM: one's own certificate")
+    remote.add_argument("--tls-key", metavar="FILE", help="PEM: its key")
+    arguments = parser.parse_args()
+    others, needed = (REMOTE, "--server") if arguments.server is None else (LOCAL, "a bundle")
+    for name in others:
+        if getattr(arguments, name) is not None:
+            parser.error(f"--{name.replace('_', '-')} is of use only with {needed}")
+    if arguments.server is None:
+        arguments.bundle, *arguments.images = arguments.images
+        if not arguments.images:
+            parser.error("expected a bundle and at least one IMAGE, or --server HOST:PORT")
+    return arguments
+
+
+def _client(arguments: argparse.Namespace) -> Client:
+    from .client import Client
+
+    token: str | None = None
+    if arguments.token_file is not None:
+        try:
+            token = Path(arguments.token_file).read_text(encoding="ascii").strip()
+        except OSError as error:
+            raise ConfigError(f"{arguments.token_file}: {error.strerror}") from None
+        except UnicodeDecodeError:
+            raise ConfigError(f"{arguments.token_file}: the token must be printable ASCII") from None
+    model, _, version = (arguments.model or "").partition("/")
+    return Client(
+        arguments.server,
+        model or None,
+        version,
+        timeout=30.0 if arguments.timeout is None else arguments.timeout,
+        token=token,
+        tls=bool(arguments.tls),
+        tls_ca=arguments.tls_ca,
+        tls_cert=arguments.tls_cert,
+        tls_key=arguments.tls_key,
+    )
 
 
 def pictures(arguments: Sequence[str]) -> Iterator[str]:
@@ -70,31 +153,38 @@ def pictures(arguments: Sequence[str]) -> Iterator[str]:
         yield from found
 
 
-def predict(
-    predictor: Predictor, paths: Sequence[str], router: str | None
-) -> Iterator[tuple[str, Prediction | InvalidPicture]]:
-    """Answers in the order of the paths, computed on all cores that this process may use."""
-
-    def one(path: str) -> Prediction | InvalidPicture:
-        start = perf_counter_ns()
-        try:
-            image = read_picture(path, predictor.manifest.preprocessing, predictor.limits)
-        except InvalidPicture as error:
-            return error
-        return predictor.infer(image, router, decode_ns=perf_counter_ns() - start)
-
-    pool = ThreadPoolExecutor(max_workers=usable_cpus())
+def predict(one: Answer, paths: Sequence[str], workers: int) -> Iterator[tuple[str, Prediction | InvalidPicture]]:
+    """Answers in the order of the paths, so many of them asked for at a time."""
+    pool = ThreadPoolExecutor(max_workers=workers)
     try:
         yield from zip(paths, pool.map(one, paths), strict=True)
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def record(path: str, prediction: Prediction, manifest: Manifest, top: int) -> dict[str, Any]:
+def _local(predictor: Predictor, router: str | None, path: str) -> Prediction | InvalidPicture:
+    start = perf_counter_ns()
+    try:
+        image = read_picture(path, predictor.manifest.preprocessing, predictor.limits)
+    except InvalidPicture as error:
+        return error
+    return predictor.infer(image, router, decode_ns=perf_counter_ns() - start)
+
+
+def _served(client: Client, router: str | None, path: str) -> Prediction | InvalidPicture:
+    try:
+        return client.predict(path, router=router)[0]
+    except InvalidPicture as error:
+        return error
+    except InvalidRequest as error:  # all else in the request is known to be right
+        return InvalidPicture(f"{path}: {error}")
+
+
+def record(path: str, prediction: Prediction, names: Names, top: int) -> dict[str, Any]:
     """What --json prints of a picture. Entropies and divergences in nats, times in nanoseconds."""
 
     def by_head(values: Any) -> dict[str, Any]:
-        return dict(zip(manifest.heads, values, strict=True))
+        return dict(zip(names.heads, values, strict=True))
 
     best = prediction.probabilities.argsort(kind="stable")[::-1][:top]
     timings = prediction.timings
@@ -105,7 +195,7 @@ def record(path: str, prediction: Prediction, manifest: Manifest, top: int) -> d
         "probability": float(prediction.probabilities[prediction.class_id]),
         "head": prediction.head,
         "top": [
-            {"class_id": int(i), "label": manifest.classes[i], "probability": float(prediction.probabilities[i])}
+            {"class_id": int(i), "label": names.classes[i], "probability": float(prediction.probabilities[i])}
             for i in best
         ],
         "predictive_entropy": by_head(prediction.predictive_entropy.tolist()),
@@ -113,35 +203,36 @@ def record(path: str, prediction: Prediction, manifest: Manifest, top: int) -> d
         "divergence": by_head(by_head(row) for row in prediction.divergence.tolist()),
         "energy": by_head(prediction.energy.tolist()),
         "decode_ns": timings.decode,
+        "queue_ns": timings.queue,
         "compute_ns": timings.compute,
         "route_ns": timings.route,
     }
 
 
-def print_table(rows: Sequence[tuple[str, Prediction]], manifest: Manifest, top: int) -> None:
+def print_table(rows: Sequence[tuple[str, Prediction]], names: Names, top: int) -> None:
     """Uncertainty of the head that answered, or the mean over the heads where several did."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     table = Table("picture", "label", "p", "head", "entropy", "MI", box=None, pad_edge=False)
-    if disagreement := {"clean", "robust"} <= set(manifest.heads):
+    if disagreement := {"clean", "robust"} <= set(names.heads):
         table.add_column("KL clean-robust")
     shared = _shared_folder([path for path, _ in rows])
     for path, prediction in rows:
         best = prediction.probabilities.argsort(kind="stable")[::-1][:top]
-        own = [k for k, head in enumerate(manifest.heads) if head in prediction.head.split("+")]
-        own = own or list(range(len(manifest.heads)))
+        own = [k for k, head in enumerate(names.heads) if head in prediction.head.split("+")]
+        own = own or list(range(len(names.heads)))
         cells = [
             printable(os.path.relpath(path, shared) if shared else path),
-            "\n".join(manifest.classes[i] for i in best),
+            "\n".join(names.classes[i] for i in best),
             "\n".join(f"{prediction.probabilities[i]:.3f}" for i in best),
             prediction.head,
             f"{prediction.predictive_entropy[own].mean():.3f}",
             f"{prediction.mutual_information[own].mean():.3f}",
         ]
         if disagreement:
-            clean, robust = manifest.heads.index("clean"), manifest.heads.index("robust")
+            clean, robust = names.heads.index("clean"), names.heads.index("robust")
             cells.append(f"{prediction.divergence[clean, robust]:.3f}")
         table.add_row(*(Text(cell, overflow="fold") for cell in cells))
     console = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
