@@ -127,6 +127,21 @@ class Calibration(Strict):
     chosen_because: str
 
 
+class Plan(Strict):
+    """A TensorRT engine in the bundle; it runs on the card and with the TensorRT that it was built by, and no other."""
+
+    path: str
+    tensorrt: Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9A-Za-z]+){1,5}$")]
+    """Version of the library, in full."""
+    card: Label
+    compute_capability: Annotated[str, Field(pattern=r"^[0-9]+\.[0-9]+$")]
+    driver: Annotated[str, Field(pattern=r"^[0-9]+\.[0-9]+$")]
+    """Newest CUDA version that the driver ran, for the record."""
+    precision: Literal["fp32", "fp16", "int8"]
+    """Of the backbone; the heads are float32."""
+    max_batch: Annotated[int, Field(ge=1, le=4096)]
+
+
 class File(Strict):
     """One file of the bundle."""
 
@@ -151,6 +166,8 @@ class Manifest(Strict):
     model: str = "model.onnx"
     golden: str | None = None
     """An .npz with `image` (the graph's input) and the graph's outputs, which a server repeats before it is ready."""
+    plans: Annotated[list[Plan], Field(max_length=64)] = []
+    """Engines compiled beforehand; a server runs one only where it is told to."""
     tolerances: dict[str, Finite] = {}
     """Largest difference measured at export between implementations, by name."""
     calibration: Calibration | None = None
@@ -165,7 +182,7 @@ class Manifest(Strict):
         listed = [file.path for file in self.files]
         if len(set(listed)) != len(listed):
             raise ValueError("a file is listed twice")
-        for path in (self.model, self.golden):
+        for path in (self.model, self.golden, *(plan.path for plan in self.plans)):
             if path is not None and path not in listed:
                 raise ValueError(f"{path} is not among the listed files")
         if taken := set(self.heads) & set(RULES):

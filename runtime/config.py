@@ -13,6 +13,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from .bundle import Strict
+from .engines import EngineChoice
 from .errors import ConfigError
 
 PREFIX = "TRIVIUM_"
@@ -46,6 +47,16 @@ class Settings(Strict):
         Literal["auto", "on", "off"], Field(description="fused kernels: auto falls back to the graph's own function")
     ] = "auto"
     device: Annotated[Literal["cpu", "cuda"], Field(description="where the backbone runs")] = "cpu"
+    engine: Annotated[
+        EngineChoice,
+        Field(
+            description="what runs the model on a card: onnx is ONNX Runtime, tensorrt the bundle's plan (trust its "
+            "maker) or else ONNX Runtime, auto likewise if it has a plan, tensorrt-ep ONNX Runtime's TensorRT provider"
+        ),
+    ] = "onnx"
+    engine_cache: Annotated[
+        Path | None, Field(description="directory where the TensorRT provider keeps what it compiled")
+    ] = None
     max_batch: Annotated[Count, Field(description="most pictures in one request")] = 64
     max_queue: Annotated[Count, Field(description="most pictures waiting; beyond it RESOURCE_EXHAUSTED")] = 256
     max_message_bytes: Annotated[Bytes, Field(description="longest request message")] = 64 << 20
@@ -90,6 +101,10 @@ class Settings(Strict):
     def _consistent(self) -> Settings:
         if self.max_queue < self.max_batch:
             raise ValueError(f"max_queue ({self.max_queue}) must hold one request of max_batch ({self.max_batch})")
+        if self.engine.startswith("tensorrt") and self.device == "cpu":
+            raise ValueError(f"engine {self.engine} needs device cuda")
+        if self.engine_cache is not None and self.engine != "tensorrt-ep":
+            raise ValueError("engine_cache goes with engine tensorrt-ep")
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ValueError("tls_cert and tls_key belong together")
         if self.tls_client_ca is not None and self.tls_cert is None:

@@ -31,6 +31,7 @@ SELF_TEST_TOLERANCE = {
 }
 """Largest |difference| / max(1, |expected|) from the golden answers that a self-test takes for the same model: wide
 enough for another processor's instructions and for bfloat16 head weights, far below any wrong weight or input."""
+TENSORRT_PROVIDER = "TensorrtExecutionProvider"
 GOLDEN_LIMIT = 256 << 20
 """Bytes that the golden answers may take when unpacked."""
 
@@ -103,6 +104,9 @@ class Engine(Backend):
         kernels: "on" insists on the fused MCHeads kernel, "off" runs the graph's own function of standard ops, and
             "auto" takes the kernel where it can be registered and kernels.pays() says that it is faster.
         device: "cuda" needs onnxruntime-gpu and a card.
+        provider: with "tensorrt" and a card, ONNX Runtime gives TensorRT what TensorRT takes of the graph, and compiles
+            it when the first picture comes.
+        cache: directory where that provider keeps what it compiled, for the next start.
         threads: of ONNX Runtime within one picture. Throughput is best with 1 and as many callers as cores.
 
     Raises: MissingExtra without onnxruntime; EngineError where the graph does not load, does not have the inputs and
@@ -116,18 +120,20 @@ class Engine(Backend):
         kernels: Literal["auto", "on", "off"] = "auto",
         device: Literal["cpu", "cuda"] = "cpu",
         threads: int = 1,
+        provider: Literal["plain", "tensorrt"] = "plain",
+        cache: Path | None = None,
     ) -> None:
         self.bundle = bundle
         self.device = device
         ort = _onnxruntime(device)
         self.kernels, self.kernels_reason, options = _options(ort, kernels, device, threads)
-        providers = ["CPUExecutionProvider"] if device == "cpu" else ["CUDAExecutionProvider", "CPUExecutionProvider"]
+        providers = _providers(ort, device, provider, cache)
         try:
             self._session = ort.InferenceSession(str(bundle.model_path), options, providers=providers)
         except Exception as error:  # onnxruntime's exceptions share no base class below Exception
             raise EngineError(f"{bundle.manifest.model}: ONNX Runtime cannot load it: {_first_line(error)}") from None
-        if device == "cuda" and self._session.get_providers()[0] != "CUDAExecutionProvider":
-            raise EngineError("ONNX Runtime could not start its CUDA provider: no usable card, driver or cuDNN")
+        if device == "cuda":
+            _check_started(self._session.get_providers(), provider)
         self._batched = _check_signature(self._session, bundle)
         self._shrink = ort.RunOptions()
         self._shrink.add_run_config_entry(
@@ -179,6 +185,30 @@ def _onnxruntime(device: str) -> Any:
             "this ONNX Runtime has no CUDA provider; run: pip uninstall onnxruntime && pip install 'trivium[gpu]'"
         )
     return ort
+
+
+def _providers(ort: Any, device: str, provider: str, cache: Path | None) -> list[str | tuple[str, dict[str, Any]]]:
+    """Execution providers in the order of preference."""
+    if device == "cpu":
+        return ["CPUExecutionProvider"]
+    plain: list[str | tuple[str, dict[str, Any]]] = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    if provider == "plain":
+        return plain
+    if TENSORRT_PROVIDER not in ort.get_available_providers():
+        raise EngineError("this ONNX Runtime has no TensorRT provider")
+    settings: dict[str, Any] = {}
+    if cache is not None:
+        settings |= {"trt_engine_cache_enable": True, "trt_engine_cache_path": str(cache)}
+        settings |= {"trt_timing_cache_enable": True, "trt_timing_cache_path": str(cache)}
+    return [(TENSORRT_PROVIDER, settings), *plain]
+
+
+def _check_started(started: list[str], provider: str) -> None:
+    """ONNX Runtime leaves out a provider that does not start; here that is an error."""
+    if "CUDAExecutionProvider" not in started:
+        raise EngineError("ONNX Runtime could not start its CUDA provider: no usable card, driver or cuDNN")
+    if provider == "tensorrt" and TENSORRT_PROVIDER not in started:
+        raise EngineError("ONNX Runtime could not start its TensorRT provider: no TensorRT library that it was built for")
 
 
 def _options(

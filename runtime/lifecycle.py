@@ -235,7 +235,12 @@ class Lifecycle:
         # a link is followed once, so that it may be set to another bundle meanwhile
         path = source.path.resolve()
         predictor = Predictor.load(
-            path, kernels=self._settings.kernels, device=self._settings.device, limits=self._limits
+            path,
+            kernels=self._settings.kernels,
+            device=self._settings.device,
+            limits=self._limits,
+            engine=self._settings.engine,
+            cache=self._settings.engine_cache,
         )
         manifest = predictor.manifest
         if source.name and manifest.name != source.name:
@@ -255,6 +260,8 @@ class Lifecycle:
         source.name = manifest.name
         self._tell(manifest.name)
         self._loads.count(manifest.name, "loaded")
+        if predictor.fallback:
+            self._loads.fall_back(manifest.name, predictor.fallback)
         _log.info(
             "%s version %s: heads %s, %s kernels (%s), self-test passed",
             manifest.name,

@@ -132,13 +132,19 @@ class Loads:
 
     def __init__(self) -> None:
         self.counts: dict[tuple[str, str, str], int] = {}
+        self.fallbacks: dict[tuple[str, str], int] = {}
 
     def count(self, model: str, outcome: str, reason: str = "") -> None:
         """outcome: loaded, refused or unloaded; reason: the error's class where it was refused."""
         key = model, outcome, reason
         self.counts[key] = self.counts.get(key, 0) + 1
 
-    def collect(self) -> CounterMetricFamily:
+    def fall_back(self, model: str, reason: str) -> None:
+        """Count a model that another engine runs than the settings ask for."""
+        key = model, reason
+        self.fallbacks[key] = self.fallbacks.get(key, 0) + 1
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
         family = CounterMetricFamily(
             "trivium_loads",
             "Bundles loaded, refused (reason: the kind of error) and unloaded.",
@@ -146,7 +152,15 @@ class Loads:
         )
         for key, count in self.counts.items():
             family.add_metric(key, count)
-        return family
+        yield family
+        fallbacks = CounterMetricFamily(
+            "trivium_engine_fallbacks",
+            "Loads after which ONNX Runtime runs a model in TensorRT's place.",
+            labels=("model", "reason"),
+        )
+        for pair, count in self.fallbacks.items():
+            fallbacks.add_metric(pair, count)
+        yield fallbacks
 
 
 class Metrics(Collector):
@@ -211,7 +225,7 @@ class Metrics(Collector):
         yield requests
         yield from self._histograms()
         yield from self._counters()
-        yield self.loads.collect()
+        yield from self.loads.collect()
         denied = CounterMetricFamily(
             "trivium_denied", "Calls refused for want of a token or of permission.", labels=("code",)
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from time import perf_counter_ns
 from typing import Literal
 
@@ -13,7 +14,8 @@ from numpy.typing import NDArray
 from trivium.kernels import HeadStatistics
 
 from .bundle import Bundle, open_bundle
-from .engine import Engine
+from .engine import Backend
+from .engines import EngineChoice, start_engine
 from .errors import EngineError
 from .preprocess import DEFAULT_LIMITS, Limits, decode
 from .router import route
@@ -55,11 +57,13 @@ class Prediction:
 class Predictor:
     """A bundle with a running engine. Its methods may be called from any number of threads at once."""
 
-    def __init__(self, bundle: Bundle, engine: Engine, limits: Limits = DEFAULT_LIMITS) -> None:
+    def __init__(self, bundle: Bundle, engine: Backend, limits: Limits = DEFAULT_LIMITS, *, fallback: str = "") -> None:
         self.bundle = bundle
         self.manifest = bundle.manifest
         self.engine = engine
         self.limits = limits
+        self.fallback = fallback
+        """Why the engine is not the one that was asked for, in one word, or ""."""
 
     @classmethod
     def load(
@@ -70,15 +74,18 @@ class Predictor:
         device: Literal["cpu", "cuda"] = "cpu",
         threads: int = 1,
         limits: Limits = DEFAULT_LIMITS,
+        engine: EngineChoice = "onnx",
+        cache: Path | None = None,
     ) -> Predictor:
         """Open and verify a bundle, start its engine, and repeat its golden answers.
 
         Raises: BundleError, EngineError, MissingExtra.
         """
         bundle = open_bundle(path)
-        engine = Engine(bundle, kernels=kernels, device=device, threads=threads)
-        engine.self_test()
-        return cls(bundle, engine, limits)
+        started, fallback = start_engine(
+            bundle, engine=engine, kernels=kernels, device=device, threads=threads, cache=cache
+        )
+        return cls(bundle, started, limits, fallback=fallback)
 
     def decode(self, data: bytes) -> NDArray[np.uint8]:
         """An encoded picture as the model's input, uint8 [H, W, 3].

@@ -30,6 +30,7 @@ def test_flags_beat_environment_beats_file_beats_default(tmp_path: Path) -> None
 def test_every_setting_is_a_flag_a_variable_and_a_key(tmp_path: Path) -> None:
     values = {
         "host": "::1", "grpc_port": 1, "http_port": 2, "instances": 3, "kernels": "off", "device": "cuda",
+        "engine": "tensorrt-ep", "engine_cache": "e",
         "max_batch": 4, "max_queue": 5, "max_message_bytes": 6000, "max_queue_bytes": 7000,
         "max_picture_bytes": 8000, "max_picture_pixels": 9, "grace_seconds": 1.5, "drain_seconds": 2.5,
         "ready_file": "r", "log_level": "debug", "repository": "d", "keep_versions": 2, "watch": True,
@@ -72,6 +73,8 @@ def test_printed_settings_read_back(tmp_path: Path) -> None:
         (["--trace-ratio", "2"], {}, "trace_ratio: "),
         (["--tls-client-ca", "c"], {}, "tls_client_ca needs tls_cert and tls_key"),
         (["--kernels", "maybe"], {}, "kernels: .*'auto', 'on' or 'off'"),
+        (["--engine", "tensorrt"], {}, "engine tensorrt needs device cuda"),
+        (["--engine-cache", "e"], {}, "engine_cache goes with engine tensorrt-ep"),
         (["--max-batches", "1"], {}, "unknown flag --max-batches; did you mean '--max-batch'"),
         (["--max-batches=1"], {}, "unknown flag --max-batches=1; did you mean '--max-batch'"),
     ],
