@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import stat
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
@@ -21,8 +22,10 @@ from .weights import external_files
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
-MANIFEST_LIMIT = 16 << 20
-"""Bytes; a longer manifest is refused before it is parsed."""
+MANIFEST_LIMIT = 4 << 20
+"""Bytes; a longer manifest is refused before it is parsed. The names of 20,000 classes take a tenth of it."""
+NAME_LIMIT = 255
+"""Bytes of a file's name, on every usual file system."""
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
 Label = Annotated[str, Field(min_length=1, max_length=1000, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")]
@@ -145,8 +148,8 @@ class Plan(Strict):
 class File(Strict):
     """One file of the bundle."""
 
-    path: str
-    size: Annotated[int, Field(ge=0)]
+    path: Annotated[str, Field(max_length=1000)]
+    size: Annotated[int, Field(ge=0, lt=2**63)]
     """Bytes."""
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
@@ -158,7 +161,7 @@ class Manifest(Strict):
     schema_version: Literal[1] = 1
     name: Name
     version: Annotated[str, Field(pattern=r"^[1-9][0-9]{0,8}$")] = "1"
-    classes: Annotated[list[Label], Field(min_length=1)]
+    classes: Annotated[list[Label], Field(min_length=1, fail_fast=True)]
     heads: Annotated[list[Name], Field(min_length=1, max_length=16)]
     preprocessing: Preprocessing
     dropout: Dropout
@@ -173,7 +176,7 @@ class Manifest(Strict):
     calibration: Calibration | None = None
     provenance: dict[str, Any] = {}
     training: dict[str, Any] = {}
-    files: list[File]
+    files: Annotated[list[File], Field(fail_fast=True)]
 
     @model_validator(mode="after")
     def _consistent(self) -> Manifest:
@@ -226,7 +229,7 @@ def open_bundle(path: str | os.PathLike[str]) -> Bundle:
     manifest = read_manifest(root)
     for file in manifest.files:
         for parent in PurePosixPath(file.path).parents[:-1]:
-            if (root / parent).is_symlink():
+            if os.path.islink(root / parent):
                 raise UnsafePath(f"{file.path}: {parent} is a symbolic link")
         target = root / file.path
         size = _regular_size(target, file.path)
@@ -246,7 +249,7 @@ def open_bundle(path: str | os.PathLike[str]) -> Bundle:
                 raise ExtraFile(f"{printable(relative)}: not listed in the manifest")
     try:
         weights = external_files(root / manifest.model)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise UnsafePath(f"{manifest.model}: where its weights lie cannot be read: {error}") from None
     folder = manifest.model.rpartition("/")
     for location in sorted(weights):
@@ -263,7 +266,7 @@ def read_manifest(root: Path) -> Manifest:
     Raises: ManifestError, UnknownSchema, UnsafePath.
     """
     target = root / MANIFEST
-    if not root.is_dir():
+    if not os.path.isdir(root):
         raise ManifestError(f"{root}: no such directory")
     try:
         size = _regular_size(target, MANIFEST)
@@ -288,7 +291,7 @@ def read_manifest(root: Path) -> Manifest:
     try:
         manifest = Manifest.model_validate(document)
     except ValidationError as error:
-        first = error.errors()[0]
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         where = ".".join(str(part) for part in first["loc"]) or "manifest"
         raise ManifestError(f"{MANIFEST}: {printable(where[:300])}: {printable(first['msg'][:300])}") from None
     for file in manifest.files:
@@ -331,8 +334,8 @@ def printable(text: str) -> str:
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     document = dict(pairs)
     if len(document) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice in one object")
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"the key {twice!r} stands twice in one object")
     return document
 
 
@@ -342,7 +345,8 @@ def _refuse_constant(name: str) -> None:
 
 def _safe(path: str) -> None:
     pure = PurePosixPath(path)
-    if not path or "\\" in path or "\0" in path or pure.is_absolute() or ".." in pure.parts or str(pure) != path:
+    plain = path.isprintable() and "\\" not in path and str(pure) == path and not pure.is_absolute()
+    if not plain or not pure.parts or any(part == ".." or len(part.encode()) > NAME_LIMIT for part in pure.parts):
         raise UnsafePath(f"{path[:200]!r}: not a plain path inside the bundle")
     if path == MANIFEST:
         raise UnsafePath(f"{path!r}: the manifest cannot list itself")

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from .bundle import Strict
+from .bundle import Strict, printable
 from .engines import EngineChoice
 from .errors import ConfigError
 
@@ -148,7 +148,7 @@ def load(arguments: Sequence[str], environment: Mapping[str, str], prog: str) ->
         text = first["msg"].removeprefix("Value error, ")
         if not name:
             raise ConfigError(text) from None
-        raise ConfigError(f"{name}: {text}, got {first['input']!r} from {origin[name]}") from None
+        raise ConfigError(f"{name}: {text}, got {repr(first['input'])[:100]} from {origin[name]}") from None
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
@@ -203,18 +203,33 @@ def _environment(environment: Mapping[str, str]) -> dict[str, Any]:
     return values
 
 
+class _Loader(yaml.SafeLoader):
+    """Without aliases: a file of settings needs none, and a few lines of them can stand for any amount of memory."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases are not supported")
+        return super().compose_node(parent, index)
+
+
 def _file(path: Path) -> dict[str, Any]:
     try:
-        document = yaml.safe_load(path.read_bytes())
+        document = yaml.load(path.read_bytes(), _Loader)
+        # what cannot be shown, a number of a million digits, cannot be complained of either
+        repr(document)
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ConfigError(f"{path}: no valid YAML ({' '.join(str(error).split())})") from None
+    except Exception as error:  # PyYAML fails in many ways on what looks like a date or a number and is none
+        raise ConfigError(f"{path}: no valid YAML ({printable(' '.join(str(error).split())[:300])})") from None
     if document is None:
         return {}
     if not isinstance(document, dict):
         raise ConfigError(f"{path}: expected settings as 'key: value' lines")
     for key in document:
         if key not in Settings.model_fields:
-            raise ConfigError(f"{path}: unknown key {key!r}{nearest(str(key), list(Settings.model_fields))}")
+            known = list(Settings.model_fields)
+            raise ConfigError(f"{path}: unknown key {str(key)[:100]!r}{nearest(str(key)[:100], known)}")
+        value = document[key]
+        if any(isinstance(part, str) and "\0" in part for part in (value if isinstance(value, list) else [value])):
+            raise ConfigError(f"{path}: {key}: a NUL in it")
     return document

@@ -80,8 +80,8 @@ def read_request(message: Any, manifest: Manifest, max_batch: int) -> Request:
     """
     inputs = message.inputs
     if len(inputs) != 1:
-        names = ", ".join(tensor.name[:40] for tensor in inputs) or "none"
-        raise InvalidRequest(f"expected one input, {IMAGE!r} or {ENCODED!r}, got {names}")
+        names = ", ".join(repr(tensor.name[:40]) for tensor in inputs[:8]) or "none"
+        raise InvalidRequest(f"expected one input, {IMAGE!r} or {ENCODED!r}, got {len(inputs)}: {names}")
     tensor = inputs[0]
     name = tensor.name
     if name not in (IMAGE, ENCODED):
