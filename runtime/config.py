@@ -64,6 +64,17 @@ class Settings(Strict):
     max_queue_bytes: Annotated[Bytes, Field(description="most bytes of messages waiting or running")] = 256 << 20
     max_picture_bytes: Annotated[Bytes, Field(description="longest encoded picture")] = 32 << 20
     max_picture_pixels: Annotated[int, Field(ge=1, description="most pixels of an encoded picture")] = 64_000_000
+    max_streams: Annotated[
+        Count, Field(description="most calls at once of one connection; more wait at the client")
+    ] = 1024
+    keepalive_seconds: Annotated[
+        Seconds,
+        Field(description="after so long a silence a connection is asked for a sign of life, or closed; 0 never asks"),
+    ] = 60.0
+    connection_age_seconds: Annotated[
+        Seconds,
+        Field(description="clients connect anew after about so long, say to be spread over servers; 0 lets them stay"),
+    ] = 0.0
     tls_cert: Annotated[
         Path | None, Field(description="PEM file of the server's certificate and those it was signed with; gRPC alone")
     ] = None

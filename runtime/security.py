@@ -1,4 +1,4 @@
-"""Who may call what: a rule for every rpc, bearer tokens from a file of hashes, and TLS.
+"""Who may call what: a rule for every rpc, and bearer tokens from a file of hashes.
 
 A line of the token file is the SHA-256 of a token, its holder's name, and "admin" where it may use the repository API:
 
@@ -10,21 +10,18 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import inspect
 import ipaddress
 import logging
 import re
-import ssl
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Iterable
 from enum import Enum
 from pathlib import Path
 from time import monotonic
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 from urllib.parse import unquote
 
 import grpc
 
-from .config import Settings
 from .errors import ConfigError, PermissionDenied, TriviumError, Unauthenticated
 from .status import abort
 
@@ -87,7 +84,7 @@ class Tokens:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._state = self._look()
+        self._state = stamp(self._path)
         self._holders = self._read()
         self._next_look = monotonic() + RELOAD_SECONDS
 
@@ -106,7 +103,7 @@ class Tokens:
         if now < self._next_look:
             return
         self._next_look = now + RELOAD_SECONDS
-        state = self._look()
+        state = stamp(self._path)
         if state == self._state:
             return
         self._state = state
@@ -116,13 +113,6 @@ class Tokens:
             _log.error("the tokens stay as they were: %s", error)
         else:
             _log.info("%d tokens read again", len(self._holders))
-
-    def _look(self) -> tuple[int, ...]:
-        try:
-            status = self._path.stat()
-        except OSError:
-            return ()
-        return status.st_mtime_ns, status.st_size, status.st_ino
 
     def _read(self) -> list[Holder]:
         try:
@@ -147,6 +137,15 @@ class Tokens:
         return holders
 
 
+def stamp(file: Path) -> tuple[int, ...]:
+    """What changes when a file does: its time of change, size and inode; () where there is none."""
+    try:
+        status = file.stat()
+    except OSError:
+        return ()
+    return status.st_mtime_ns, status.st_size, status.st_ino
+
+
 class Guard:
     """Admits calls by their rule.
 
@@ -161,23 +160,18 @@ class Guard:
 
     def handlers(self, service: str, handlers: dict[str, Any]) -> Any:
         """The generic handler of a service whose methods are guarded; those that need nothing stay as they are."""
-        guarded = {name: self._handler(f"/{service}/{name}", handler) for name, handler in handlers.items()}
-        return grpc.method_handlers_generic_handler(service, guarded)
+        return _Guarded(self, {f"/{service}/{name}": handler for name, handler in handlers.items()})
 
-    def check(self, method: str, context: Any) -> None:
-        """See that a call may go on.
+    def check(self, method: str, metadata: Iterable[tuple[str, str | bytes]] | None) -> None:
+        """See that a caller with this metadata may go on.
 
         Raises: Unauthenticated, PermissionDenied.
         """
         rule = RULES[method]
-        if rule is Rule.PROBE or (rule is Rule.CALL and self._tokens is None):
+        if self._tokens is None or rule is Rule.PROBE:
             return
-        if self._tokens is None:
-            if not loopback(context.peer()):
-                raise PermissionDenied("this call is open to the server's own machine only")
-            return
-        given = [value for key, value in context.invocation_metadata() or () if key == "authorization"]
-        kind, _, token = (given[0] if len(given) == 1 else "").partition(" ")
+        given = [value for key, value in metadata or () if key == "authorization"]
+        kind, _, token = (given[0] if len(given) == 1 and isinstance(given[0], str) else "").partition(" ")
         if kind.lower() != "bearer" or not token:
             raise Unauthenticated("this call needs a token, once, as metadata 'authorization: Bearer TOKEN'")
         holder = self._tokens.find(token.strip().encode())
@@ -188,32 +182,53 @@ class Guard:
                 raise PermissionDenied("this call needs a token marked admin")
             _log.info("%s called by %s", method, holder.name)
 
-    def _handler(self, method: str, handler: Any) -> Any:
+    def local(self, method: str, handler: Any) -> Any:
+        """The handler of a call that without tokens is its own machine's alone; others stay as they are."""
         rule = RULES[method]
-        if rule is Rule.PROBE or (rule is Rule.CALL and self._tokens is None):
+        if self._tokens is not None or rule is not Rule.ADMIN:
             return handler
-        kind = "_".join("stream" if one else "unary" for one in (handler.request_streaming, handler.response_streaming))
-        inner = getattr(handler, kind)
+        inner = handler.unary_unary
 
         async def answer(request: Any, context: Any) -> Any:
-            await self._admit(method, context)
+            if not loopback(context.peer()):
+                await self.refuse(context, PermissionDenied("this call is open to the server's own machine only"))
             return await inner(request, context)
 
-        async def stream(request: Any, context: Any) -> AsyncIterator[Any]:
-            await self._admit(method, context)
-            async for response in inner(request, context):
-                yield response
+        return grpc.unary_unary_rpc_method_handler(answer, handler.request_deserializer, handler.response_serializer)
 
-        make: Callable[..., Any] = getattr(grpc, f"{kind}_rpc_method_handler")
-        behavior = stream if inspect.isasyncgenfunction(inner) else answer
-        return make(behavior, handler.request_deserializer, handler.response_serializer)
+    async def refuse(self, context: Any, error: TriviumError) -> NoReturn:
+        """Count a refusal and end the call with it."""
+        self._denied[error.status] = self._denied.get(error.status, 0) + 1
+        await abort(context, error)
 
-    async def _admit(self, method: str, context: Any) -> None:
+
+class _Guarded(grpc.GenericRpcHandler):  # type: ignore[misc]
+    """Handlers by method, given out to those who may call them.
+
+    gRPC asks for a handler when it has a call's metadata and, for a handler of streams, before it has any message: who
+    is refused cannot make the server hold one.
+    """
+
+    def __init__(self, guard: Guard, handlers: dict[str, Any]) -> None:
+        self._guard = guard
+        self._handlers = {method: guard.local(method, handler) for method, handler in handlers.items()}
+
+    def service(self, handler_call_details: Any) -> Any:
+        method = handler_call_details.method
+        handler = self._handlers.get(method)
+        if handler is None:
+            return None
         try:
-            self.check(method, context)
+            self._guard.check(method, handler_call_details.invocation_metadata)
         except TriviumError as error:
-            self._denied[error.status] = self._denied.get(error.status, 0) + 1
-            await abort(context, error)
+            return self._refusal(error)
+        return handler
+
+    def _refusal(self, error: TriviumError) -> Any:
+        async def refuse(_: Any, context: Any) -> None:
+            await self._guard.refuse(context, error)
+
+        return grpc.stream_stream_rpc_method_handler(refuse)
 
 
 def loopback(peer: str) -> bool:
@@ -227,25 +242,3 @@ def loopback(peer: str) -> bool:
         return False
     mapped = getattr(address, "ipv4_mapped", None)
     return bool((mapped or address).is_loopback)
-
-
-def server_credentials(settings: Settings) -> Any:
-    """gRPC's credentials of the settings' certificates; None where there are none.
-
-    Raises: ConfigError where a file cannot be read or does not fit the others.
-    """
-    if settings.tls_cert is None or settings.tls_key is None:
-        return None
-    # gRPC itself would only say that it cannot listen
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    try:
-        context.load_cert_chain(settings.tls_cert, settings.tls_key, password="")
-        if settings.tls_client_ca is not None:
-            context.load_verify_locations(settings.tls_client_ca)
-        pair = settings.tls_key.read_bytes(), settings.tls_cert.read_bytes()
-        authority = settings.tls_client_ca.read_bytes() if settings.tls_client_ca is not None else None
-    except (OSError, ValueError) as error:
-        files = [str(file) for file in (settings.tls_cert, settings.tls_key, settings.tls_client_ca) if file]
-        reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or type(error).__name__
-        raise ConfigError(f"TLS files {', '.join(files)} cannot be used: {reason}") from None
-    return grpc.ssl_server_credentials([pair], authority, require_client_auth=authority is not None)

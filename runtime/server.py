@@ -28,8 +28,9 @@ from .metrics import Metrics
 from .probes import HttpServer
 from .repository import Repository
 from .scheduler import Scheduler
-from .security import Guard, Tokens, server_credentials
+from .security import Guard, Tokens
 from .service import Service
+from .tls import server_credentials
 
 SERVICES = tuple(
     module.DESCRIPTOR.services_by_name[name].full_name
@@ -37,6 +38,7 @@ SERVICES = tuple(
 )
 FLUSH_SECONDS = 0.25
 """After the last answer was given to gRPC, how long it has to send it."""
+MIN_PING_SECONDS = 10
 _log = logging.getLogger(__name__)
 
 
@@ -95,14 +97,7 @@ class Server:
             self.repository, self.lifecycle, self.scheduler, self.metrics, settings.max_batch, self._journal
         )
         self._http = HttpServer(self.metrics.exposition, lambda: self.health.ready)
-        self._grpc = grpc.aio.server(
-            options=[
-                ("grpc.max_receive_message_length", settings.max_message_bytes),
-                ("grpc.max_send_message_length", -1),
-                # without it a second server would share the port in silence
-                ("grpc.so_reuseport", 0),
-            ]
-        )
+        self._grpc = grpc.aio.server(options=grpc_options(settings))
         tokens = Tokens(settings.tokens) if settings.tokens is not None else None
         self._credentials = server_credentials(settings)
         if tokens is not None and self._credentials is None and settings.host not in ("127.0.0.1", "::1", "localhost"):
@@ -188,6 +183,30 @@ def scheduler_gauges(scheduler: Scheduler) -> dict[str, tuple[str, Callable[[], 
         "trivium_running_pictures": ("Pictures being answered.", lambda: scheduler.running),
         "trivium_held_bytes": ("Bytes of requests waiting or running.", lambda: scheduler.nbytes),
     }
+
+
+def grpc_options(settings: Settings) -> list[tuple[str, int]]:
+    """How gRPC treats connections and messages."""
+    options = [
+        ("grpc.max_receive_message_length", settings.max_message_bytes),
+        ("grpc.max_send_message_length", -1),
+        # without it a second server would share the port in silence
+        ("grpc.so_reuseport", 0),
+        ("grpc.max_concurrent_streams", settings.max_streams),
+        # clients may ping as often as this; gRPC's own limit of 5 minutes hangs up on many that are set to a minute
+        ("grpc.http2.min_ping_interval_without_data_ms", MIN_PING_SECONDS * 1000),
+    ]
+    if settings.keepalive_seconds:
+        milliseconds = max(1000, round(1000 * settings.keepalive_seconds))
+        options += [
+            ("grpc.keepalive_time_ms", milliseconds),
+            ("grpc.keepalive_timeout_ms", min(20_000, milliseconds)),
+            ("grpc.keepalive_permit_without_calls", 1),
+        ]
+    if settings.connection_age_seconds:
+        # what was asked before is answered
+        options += [("grpc.max_connection_age_ms", max(1, round(1000 * settings.connection_age_seconds)))]
+    return options
 
 
 async def run(settings: Settings) -> None:
