@@ -46,17 +46,15 @@ def gone(
 ) -> RenderableType:
     """The server does not answer: why, over what was seen last."""
     notice = Panel(Text(f"{reason}; trying again"), style="bold red", box=box.HEAVY)
-    return (
-        Group(notice)
-        if last is None
-        else Group(notice, render(last, rates, width, None if height is None else height - 3))
-    )
+    if last is None:
+        return notice
+    return Group(notice, render(last, rates, width, None if height is None else height - 3))
 
 
 def _head(frame: Frame) -> RenderableType:
     line = Table.grid(expand=True, padding=(0, 2))
-    line.add_column()
-    line.add_column(justify="right")
+    line.add_column(no_wrap=True)
+    line.add_column(justify="right", no_wrap=True, overflow="ellipsis")
     state = Text("● ready", "bold green") if frame.ready else Text("● not ready", "bold red")
     left = Text.assemble(("trivium ", "bold"), (frame.release, "dim"), f"  {frame.server}  ", state)
     right = Text(
@@ -80,7 +78,7 @@ def _server(frame: Frame, rates: list[float]) -> RenderableType:
         _pair("CPU", f"{frame.cpu_percent:.0f} %"),
     )
     table.add_row(
-        _pair("queue", f"{frame.queue_depth} pictures"),
+        _pair("queue", str(frame.queue_depth)),
         _pair("oldest", _seconds(frame.queue_age_seconds), "bold red" if late else "bold"),
         _pair("workers busy", f"{frame.running}/{frame.instances}"),
         _pair("memory", f"{frame.rss_bytes / 1e6:.0f} MB"),
@@ -188,17 +186,17 @@ def _short(models: list[Model]) -> RenderableType:
     """A line for each model, for a screen that does not hold more."""
     table = Table(box=None, pad_edge=False, expand=True, header_style="dim")
     table.add_column("model", no_wrap=True)
-    for name in ("req/s", "p50 ms", "p99 ms", "queue p99", "shed/s", "late/s", "other/s"):
+    for name in ("req/s", "p50 ms", "p99 ms", "shed/s", "late/s", "other/s"):
         table.add_column(name, justify="right", min_width=6)
-    table.add_column("answered by", no_wrap=True, overflow="ellipsis")
+    table.add_column("answered by")
     for model in models:
         (_, good, _), (_, shed, _), (_, late, _), *others = outcomes(model)
-        total, queue = model.stage_seconds["total"], model.stage_seconds["queue"]
+        total = model.stage_seconds["total"]
         shares = sorted(((share, head) for head, share in model.head_share.items() if share), reverse=True)
         table.add_row(
             f"{model.name}/{model.version}",
             _number(good),
-            *(_milliseconds(value) for value in (total.p50, total.p99, queue.p99)),
+            *(_milliseconds(value) for value in (total.p50, total.p99)),
             *(Text(_number(rate), "yellow" if rate else "dim") for rate in (shed, late, sum(one[1] for one in others))),
             ", ".join(f"{head} {100 * share:.0f} %" for share, head in shares),
         )

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 METHOD = "inference.GRPCInferenceService/ModelInfer"
 SERVER_FAULTS = frozenset({"UNKNOWN", "DEADLINE_EXCEEDED", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS"})
 """Status codes that make a server span an error (OpenTelemetry semantic conventions for gRPC)."""
+MISSING = "the packages of OpenTelemetry are not installed; run: pip install 'trivium[otel]'"
 W3C = ("traceparent", "tracestate")
 EXPORT_SECONDS = 5.0
 """Patience with a collector, and with it the longest that a server's end waits for one."""
@@ -58,8 +59,8 @@ class Tracer:
             from opentelemetry import trace
             from opentelemetry.sdk.trace.export import BatchSpanProcessor
             from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
-        except ModuleNotFoundError as error:
-            raise _missing(error) from None
+        except ModuleNotFoundError:
+            raise MissingExtra(MISSING) from None
         self._trace = trace
         self._propagator = TraceContextTextMapPropagator()
         self._provider = _provider(ratio)
@@ -74,8 +75,8 @@ class Tracer:
         """
         try:
             from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
-        except ModuleNotFoundError as error:
-            raise _missing(error) from None
+        except ModuleNotFoundError:
+            raise MissingExtra(MISSING) from None
         insecure = endpoint.startswith("http://")
         return cls(OTLPSpanExporter(endpoint=endpoint, insecure=insecure, timeout=EXPORT_SECONDS), ratio)
 
@@ -127,7 +128,3 @@ def _provider(ratio: float) -> TracerProvider:
     # OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES win
     resource = ours.merge(OTELResourceDetector().detect())
     return TracerProvider(sampler=ParentBased(TraceIdRatioBased(ratio)), resource=resource, shutdown_on_exit=False)
-
-
-def _missing(error: ModuleNotFoundError) -> MissingExtra:
-    return MissingExtra(f"the package {error.name!r} is not installed; run: pip install 'trivium[otel]'")
