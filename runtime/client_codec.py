@@ -28,8 +28,10 @@ Loaded: TypeAlias = "bytes | NDArray[np.uint8]"
 """A picture as it is sent: encoded, or uint8 [H, W, 3]."""
 MESSAGE_PICTURES, MESSAGE_BYTES = 16, 16 << 20
 """Most of one message; more pictures are asked in several."""
-ALPHA_MODES, PNG_MODES = {"PA", "La", "RGBa"}, {"1", "L", "LA", "I", "I;16", "P", "RGB", "RGBA"}
-"""Of PIL images: those to be made RGBA, and those that a PNG can hold as they are; all others become RGB."""
+PNG_MODES = {"1", "L", "LA", "I", "I;16", "P", "RGB", "RGBA"}
+"""Of PIL images: those that a PNG can hold as they are."""
+NEAREST_MODES = {"La": "LA", "PA": "RGBA", "RGBa": "RGBA"}
+"""What keeps the pixels of others; the rest becomes RGB."""
 DTYPES: dict[str, np.dtype[Any]] = {"FP32": np.dtype("<f4"), "INT64": np.dtype("<i8")}
 
 
@@ -117,7 +119,7 @@ def _png(picture: Image.Image) -> bytes:
     try:
         picture = ImageOps.exif_transpose(picture)
         if picture.mode not in PNG_MODES:
-            picture = picture.convert("RGBA" if picture.mode in ALPHA_MODES else "RGB")
+            picture = picture.convert(NEAREST_MODES.get(picture.mode, "RGB"))
         # the fastest compression: the network is usually near, and the bytes are read once
         picture.save(out, "PNG", compress_level=1)
     except Exception as error:  # the file behind a lazy image may be broken in any way

@@ -245,7 +245,8 @@ class ClientCore:
 
     def _config(self, deadline: float) -> Steps[Any]:
         name = yield from self._find_model(deadline)
-        return (yield from self._ask("ModelConfig", service_pb2.ModelConfigRequest(name=name, version=self.version), deadline))
+        request = service_pb2.ModelConfigRequest(name=name, version=self.version)
+        return (yield from self._ask("ModelConfig", request, deadline))
 
     def _ask(
         self, method: str, message: Any, deadline: float, metadata: Metadata | None = None, retry: bool = True
