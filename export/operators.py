@@ -110,7 +110,7 @@ def _unknown(nodes: Any, where: str, functions: set[tuple[str, str]]) -> Iterato
 
 def _restricted(model: onnx.ModelProto) -> Iterator[Refusal]:
     """Refusals of what the list restricts, in a model without functions."""
-    constants = _constants(model)
+    constants = constants_of(model.graph)
     inferred = shape_inference.infer_shapes(model)
     results = {output.name for output in model.graph.output}
     bytes_inside = {
@@ -125,22 +125,20 @@ def _restricted(model: onnx.ModelProto) -> Iterator[Refusal]:
             yield Refusal(node.op_type, _name(node), where, "uint8 is taken as input or output of a network only")
 
 
-def _constants(model: onnx.ModelProto) -> dict[str, NDArray[Any] | None]:
-    """Values known when the engine is built: initialisers, constants, and what is made of constants alone (None)."""
-    known: dict[str, NDArray[Any] | None] = {i.name: numpy_helper.to_array(i) for i in model.graph.initializer}
-    for node in model.graph.node:
+def constants_of(graph: onnx.GraphProto) -> dict[str, NDArray[Any]]:
+    """Values of initialisers and Constant nodes, by name; what is computed from them is no constant for the parser."""
+    known = {initializer.name: numpy_helper.to_array(initializer) for initializer in graph.initializer}
+    for node in graph.node:
         if node.op_type == "Constant":
-            value = next(iter(node.attribute))
-            array = numpy_helper.to_array(value.t) if value.name == "value" else None
-            if array is None and value.name in ("value_float", "value_int", "value_floats", "value_ints"):
-                array = np.array(helper.get_attribute_value(value))
-            known[node.output[0]] = array
-        elif node.input and all(name in known for name in node.input if name):
-            known.update(dict.fromkeys(node.output))
+            value = node.attribute[0]
+            if value.name == "value":
+                known[node.output[0]] = numpy_helper.to_array(value.t)
+            elif value.name in ("value_float", "value_int", "value_floats", "value_ints"):
+                known[node.output[0]] = np.array(helper.get_attribute_value(value))
     return known
 
 
-def _broken(node: onnx.NodeProto, constants: Mapping[str, NDArray[Any] | None]) -> Iterator[str]:
+def _broken(node: onnx.NodeProto, constants: Mapping[str, NDArray[Any]]) -> Iterator[str]:
     known = operator_list()
     inputs = dict(enumerate(node.input))
     for position in known["constant_inputs"].get(node.op_type, ()):
@@ -148,7 +146,7 @@ def _broken(node: onnx.NodeProto, constants: Mapping[str, NDArray[Any] | None]) 
             yield f"its input {inputs[position]!r} must be a constant"
     for position in known["zero_inputs"].get(node.op_type, ()):
         name = inputs.get(position)
-        if name and (name not in constants or (value := constants[name]) is None or np.any(value.astype(np.int64))):
+        if name and (name not in constants or np.any(constants[name].astype(np.int64))):
             yield f"its zero point {name!r} must be 0"
     outputs = known["outputs"].get(node.op_type)
     if outputs is not None and any(node.output[outputs:]):
