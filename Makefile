@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow lint format evaluate bench bench-peers bench-serve gpu-check sanitize soak wheel clean
+.PHONY: help venv demo test test-slow lint format evaluate bench bench-peers bench-serve gpu-check test-triton sanitize soak test-triton wheel clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -62,6 +62,10 @@ bench-serve: venv  ## the server beside its engine (build/bench/serve.json)
 
 sanitize:  ## the CPU kernels under the address and undefined-behaviour sanitizers
 	sh tests/kernels/sanitize.sh
+
+test-triton: venv  ## the exported model repository in a real tritonserver, which is installed into build/triton
+	$(BIN)/python -m tests.triton.server
+	$(BIN)/python -m pytest tests/triton tests/integration/test_protocol.py
 
 gpu-check:  ## on a machine with a card: build, check and time the CUDA kernels (kernels/GPU.md)
 	PYTHONPATH=.namespace $(PYTHON) -m tests.gpu_check

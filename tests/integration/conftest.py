@@ -12,12 +12,16 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from trivium.runtime.bundle import read_manifest, seal
+
+if TYPE_CHECKING:
+    from tests.triton.server import TritonServer
 
 START_SECONDS = 60
 """A loaded machine is slow to start anything; tests of the start-up time look at the process's own clock."""
@@ -119,6 +123,34 @@ def server(
     running = ServerProcess(root, tiny_bundle, third, single, "--instances", "2")
     yield running
     assert running.stop() == 0, running.log.read_text()
+
+
+@pytest.fixture(scope="session")
+def triton_server(
+    tiny_bundle: Path,
+    build_bundle: Callable[..., Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[TritonServer]:
+    """A real tritonserver with the models of `server`, from a repository that export wrote."""
+    from tests.triton.server import TritonServer, Unavailable, find
+
+    from trivium.export.triton import write_repository
+
+    try:
+        installation = find()
+    except Unavailable as reason:
+        pytest.skip(str(reason))
+    root = tmp_path_factory.mktemp("triton")
+    repository = root / "models"
+    third = build_bundle(root / "third", version="3")
+    for bundle in (tiny_bundle, third, build_bundle(root / "single", heads=("original",), name="single")):
+        write_repository(bundle, repository, instances=2)
+    config = repository / "tiny/config.pbtxt"
+    served_all = config.read_text().replace("latest {\n    num_versions: 1\n  }", "all {\n  }")
+    config.write_text(served_all)
+    running = TritonServer(installation, repository, ["tiny", "single"], root / "log.txt")
+    yield running
+    running.stop()
 
 
 @pytest.fixture(scope="session")

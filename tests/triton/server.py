@@ -51,6 +51,33 @@ class Installation:
         """Of the environment that models run in."""
         return self.folder / "venv/bin/python"
 
+    @property
+    def _stamp(self) -> Path:
+        return self.folder / "venv/.sources"
+
+    def is_current(self) -> bool:
+        """Whether the environment holds the runtime as it is in this checkout."""
+        return self._stamp.exists() and self._stamp.read_text() == _sources()
+
+    def install_runtime(self) -> None:
+        """The wheel of this checkout, by the recipe that an exported repository brings along."""
+        from trivium.export.triton import requirements
+
+        if self.is_current():
+            return
+        sources = _sources()
+        if not self.python.exists():
+            subprocess.run([sys.executable, "-m", "venv", str(self.folder / "venv")], check=True)
+        dist = self.folder / "dist"
+        shutil.rmtree(dist, ignore_errors=True)
+        _pip(sys.executable, "wheel", "--no-deps", "--wheel-dir", str(dist), str(ROOT))
+        recipe = self.folder / "requirements.txt"
+        recipe.write_text(requirements(), encoding="utf-8")
+        _pip(self.python, "install", "--find-links", str(dist), "--requirement", str(recipe))
+        # the same version number as before is no reason for pip to install again
+        _pip(self.python, "install", "--force-reinstall", "--no-deps", str(next(dist.glob("*.whl"))))
+        self._stamp.write_text(sources, encoding="utf-8")
+
     def environment(self) -> dict[str, str]:
         """Variables for the server's process."""
         libraries = [str(sysconfig.get_config_var("LIBDIR") or ""), os.environ.get("LD_LIBRARY_PATH", "")]
@@ -67,9 +94,12 @@ def find(folder: Path = FOLDER) -> Installation:
 
     Raises: Unavailable, with the command that makes it.
     """
+    found = Installation(folder)
     if not (folder / ".complete").exists():
         raise Unavailable("there is no tritonserver in build/triton; make test-triton installs one")
-    return Installation(folder)
+    if not found.is_current():
+        raise Unavailable("build/triton holds the runtime of older sources; make test-triton renews it")
+    return found
 
 
 def assemble(folder: Path = FOLDER) -> Installation:
@@ -97,7 +127,7 @@ def assemble(folder: Path = FOLDER) -> Installation:
     shutil.copyfile(source, target)
     for program in (target, found.tritonserver / "bin/tritonserver"):
         program.chmod(0o755)
-    _install_runtime(found)
+    found.install_runtime()
     (folder / ".complete").touch()
     return found
 
@@ -114,28 +144,14 @@ def _python_of_this_machine() -> tuple[str, str]:
     return version, soname
 
 
-def _install_runtime(found: Installation) -> None:
-    """The wheel of this checkout, by the recipe that an exported repository brings along."""
-    from trivium.export.triton import requirements
-
-    digest = hashlib.sha256(requirements().encode())
-    sources = [ROOT / "pyproject.toml", *(ROOT / "runtime").rglob("*"), *(ROOT / "kernels").rglob("*")]
-    for path in sorted(path for path in sources if path.is_file() and "__pycache__" not in path.parts):
+def _sources() -> str:
+    """Digest of all that the runtime's wheel is made of."""
+    digest = hashlib.sha256()
+    paths = [ROOT / "pyproject.toml", *(ROOT / "runtime").rglob("*"), *(ROOT / "kernels").rglob("*")]
+    for path in sorted(path for path in paths if path.is_file() and "__pycache__" not in path.parts):
+        digest.update(f"{path.relative_to(ROOT)} {path.stat().st_size} ".encode())
         digest.update(path.read_bytes())
-    stamp = found.folder / "venv/.sources"
-    if stamp.exists() and stamp.read_text() == digest.hexdigest():
-        return
-    if not found.python.exists():
-        subprocess.run([sys.executable, "-m", "venv", str(found.folder / "venv")], check=True)
-    dist = found.folder / "dist"
-    shutil.rmtree(dist, ignore_errors=True)
-    _pip(sys.executable, "wheel", "--no-deps", "--wheel-dir", str(dist), str(ROOT))
-    recipe = found.folder / "requirements.txt"
-    recipe.write_text(requirements(), encoding="utf-8")
-    _pip(found.python, "install", "--find-links", str(dist), "--requirement", str(recipe))
-    # the same version number as before is no reason for pip to install again
-    _pip(found.python, "install", "--force-reinstall", "--no-deps", str(next(dist.glob("*.whl"))))
-    stamp.write_text(digest.hexdigest(), encoding="utf-8")
+    return digest.hexdigest()
 
 
 def _pip(python: Path | str, *arguments: str) -> None:
