@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow lint format evaluate bench bench-peers bench-serve gpu-check test-triton sanitize soak test-triton wheel clean
+.PHONY: help venv demo test test-slow lint format evaluate bench bench-peers bench-serve gpu-check test-triton sanitize soak wheel clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
