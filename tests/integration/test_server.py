@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import signal
 import socket
 import threading
@@ -18,10 +17,9 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from numpy.typing import NDArray
-from PIL import Image
 
 from trivium.runtime.client import Client
-from trivium.runtime.errors import ConfigError, InvalidPicture, InvalidRequest, Unavailable, UnknownModel
+from trivium.runtime.errors import InvalidRequest, UnknownModel
 from trivium.runtime.predictor import Prediction, Predictor
 
 if TYPE_CHECKING:
@@ -64,43 +62,6 @@ def test_answers_survive_a_restart(
 ) -> None:
     with Client(serve(tiny_bundle, "--instances", "3").url) as client:
         assert [content(one) for one in client.predict(list(some_pictures))] == expected
-
-
-def test_client_reads_paths_bytes_and_arrays(
-    server: ServerProcess, tmp_path: Path, some_pictures: NDArray[np.uint8], expected: list[tuple[Any, ...]]
-) -> None:
-    out = io.BytesIO()
-    Image.fromarray(some_pictures[1]).save(out, "PNG")
-    path = tmp_path / "two.png"
-    Image.fromarray(some_pictures[2]).save(path)
-    with Client(server.url, "tiny", "1") as client:
-        assert client.ready()
-        found = client.predict([some_pictures[0], out.getvalue(), path, str(path), *some_pictures[3:]])
-        order = [0, 1, 2, 2, *range(3, len(some_pictures))]
-        assert [content(one) for one in found] == [expected[i] for i in order]
-        assert found[1].timings.decode > 0
-        assert found[0].timings.compute > 0
-        assert client.predict([some_pictures[0]], router="robust")[0].head == "robust"
-        assert client.predict([]) == []
-
-
-def test_client_errors_are_typed(server: ServerProcess, some_pictures: NDArray[np.uint8]) -> None:
-    picture = [some_pictures[0]]
-    with Client(server.url) as client, pytest.raises(ConfigError, match="2 models, name one of: single, tiny"):
-        client.predict(picture)
-    with Client(server.url, "nobody") as client, pytest.raises(UnknownModel, match="nobody"):
-        client.predict(picture)
-    with Client(server.url, "tiny") as client:
-        with pytest.raises(InvalidRequest, match="unknown router 'best'"):
-            client.predict(picture, router="best")
-        with pytest.raises(InvalidPicture, match=r"nowhere\.png: No such file"):
-            client.predict(["nowhere.png"])
-        with pytest.raises(InvalidRequest, match="uint8"):
-            client.predict([some_pictures[0].astype(np.float32)])
-    with Client("127.0.0.1:1", "tiny", timeout=5) as client:
-        assert not client.ready()
-        with pytest.raises(Unavailable):
-            client.predict(picture)
 
 
 def test_torch_is_not_in_the_process(server: ServerProcess) -> None:
