@@ -175,7 +175,7 @@ class Metrics(Collector):
         self.gauges = gauges
         self._executed = executed
         self.loads = Loads()
-        self.denied: dict[str, int] = {}
+        self.denied = {"UNAUTHENTICATED": 0, "PERMISSION_DENIED": 0}
         """Calls refused for want of a token or of permission, by status code."""
         self._models: dict[tuple[str, str], ModelMetrics] = {}
         self._unknown: dict[str, int] = {}
