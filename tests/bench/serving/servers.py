@@ -47,6 +47,7 @@ class Server:
     """One request."""
     read: Callable[[bytes], Answer]
     """The head statistics in an answer's body."""
+    expected: Answer
     path: str = INFER
     content_type: str = "application/grpc"
     environment: dict[str, str] = field(default_factory=dict)
@@ -82,15 +83,29 @@ class Running:
                 rss, pss = rss + memory.rss, pss + memory.pss
         return rss / 1e6, pss / 1e6
 
+    def pause(self) -> None:
+        """Halt every process of the tree, so that a server burns nothing in another's visit."""
+        self._signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        self._signal(signal.SIGCONT)
+
     def stop(self) -> None:
+        self.resume()
         tree = self._tree()
         self._process.send_signal(signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(STOP_SECONDS)
         for process in tree:
+            # psutil knows a process by its start time too: a number that was given away again is safe
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         self._process.wait()
+
+    def _signal(self, number: signal.Signals) -> None:
+        for process in self._tree():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(number)
 
     def _tree(self) -> list[psutil.Process]:
         return [self._root, *self._root.children(recursive=True)]
@@ -101,13 +116,12 @@ class Running:
 
 
 @contextmanager
-def running(server: Server, program: Path, folder: Path, expected: Answer) -> Iterator[Running]:
+def running(server: Server, program: Path, folder: Path) -> Iterator[Running]:
     """Start a server, and stop it in the end.
 
     Args:
         program: the load generator.
         folder: for its request and its log.
-        expected: what it must answer.
 
     Raises: Unavailable where it does not start, or answers something else.
     """
@@ -130,19 +144,19 @@ def running(server: Server, program: Path, folder: Path, expected: Answer) -> It
     try:
         answer = _first_answer(found, program, start + START_SECONDS, log)
         found.ready_s = time.monotonic() - start
-        check(server, answer, expected)
+        check(server, answer)
         yield found
     finally:
         found.stop()
 
 
-def check(server: Server, answer: bytes, expected: Answer) -> None:
+def check(server: Server, answer: bytes) -> None:
     """See that an answer is the engine's.
 
     Raises: Unavailable.
     """
     given = server.read(answer)
-    for name, values in expected.items():
+    for name, values in server.expected.items():
         difference = float(np.max(np.abs(given[name].ravel() - values.ravel())))
         if not difference <= TOLERANCE:
             raise Unavailable(f"{name} differs by {difference:.2g} from ONNX Runtime's")
@@ -170,7 +184,7 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def trivium(bundle: Path, instances: int, picture: Picture, *, jpeg: bool = False) -> Server:
+def trivium(bundle: Path, instances: int, picture: Picture, expected: Answer, *, jpeg: bool = False) -> Server:
     """Ours, over gRPC with every output."""
 
     def command(port: int) -> list[str]:
@@ -183,7 +197,7 @@ def trivium(bundle: Path, instances: int, picture: Picture, *, jpeg: bool = Fals
         return answer
 
     body = jpeg_message(picture) if jpeg else image_message(picture)
-    return Server("trivium, JPEG" if jpeg else "trivium", "grpc", command, body, read)
+    return Server("trivium, JPEG" if jpeg else "trivium", "grpc", command, body, read, expected)
 
 
 def image_message(picture: Picture) -> bytes:
@@ -193,9 +207,13 @@ def image_message(picture: Picture) -> bytes:
     return _message(picture.model, tensor, picture.pixels.tobytes())
 
 
+def bytes_message(picture: Picture) -> bytes:
+    """The same pixels as one BYTES element."""
+    return _bytes_message(picture.model, "image", picture.pixels.tobytes())
+
+
 def jpeg_message(picture: Picture) -> bytes:
-    tensor = service_pb2.ModelInferRequest.InferInputTensor(name="encoded_image", datatype="BYTES", shape=[1])
-    return _message(picture.model, tensor, len(picture.jpeg).to_bytes(4, "little") + picture.jpeg)
+    return _bytes_message(picture.model, "encoded_image", picture.jpeg)
 
 
 def read_v2(body: bytes) -> Answer:
@@ -203,6 +221,11 @@ def read_v2(body: bytes) -> Answer:
     response = service_pb2.ModelInferResponse.FromString(body[5:])
     pairs = zip(response.outputs, response.raw_output_contents, strict=True)
     return {tensor.name: np.frombuffer(raw, np.float32) for tensor, raw in pairs if tensor.datatype == "FP32"}
+
+
+def _bytes_message(model: str, name: str, data: bytes) -> bytes:
+    tensor = service_pb2.ModelInferRequest.InferInputTensor(name=name, datatype="BYTES", shape=[1])
+    return _message(model, tensor, len(data).to_bytes(4, "little") + data)
 
 
 def _message(model: str, tensor: service_pb2.ModelInferRequest.InferInputTensor, raw: bytes) -> bytes:
