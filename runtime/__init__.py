@@ -31,10 +31,15 @@ _MODULES = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    # on first use: a command that only asks for its help must not load gRPC
-    from importlib import import_module
+if not TYPE_CHECKING:  # a checker would take any name for one of ours
 
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_MODULES[name]}", __name__), name)
+    def __getattr__(name: str) -> Any:
+        # on first use: a command that only asks for its help must not load gRPC
+        from importlib import import_module
+
+        if name not in _MODULES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(import_module(f".{_MODULES[name]}", __name__), name)
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

@@ -14,7 +14,13 @@ from .client_core import Ask, ClientCore, Pause, Step, Steps, T
 
 
 class Client(ClientCore):
-    """A connection to a server, made as ClientCore says; may be shared by threads."""
+    """A connection to a server; may be shared by threads.
+
+    with Client("127.0.0.1:8001") as client:
+        (answer,) = client.predict("cat.jpg", timeout=2)
+
+    Its arguments and errors are ClientCore's.
+    """
 
     def _open(self) -> None:
         self._connect(grpc)

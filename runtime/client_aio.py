@@ -14,9 +14,13 @@ from .client_core import Ask, ClientCore, Pause, Step, Steps, T
 
 
 class AsyncClient(ClientCore):
-    """A connection to a server, made as ClientCore says; for the tasks of one event loop.
+    """A connection to a server; for the tasks of one event loop.
 
-    Cancelling a task that waits for an answer cancels the call, and the server takes it from its queue.
+    async with AsyncClient("127.0.0.1:8001") as client:
+        (cat,), (dog,) = await asyncio.gather(client.predict("cat.jpg"), client.predict("dog.jpg"))
+
+    Its arguments and errors are ClientCore's. Cancelling a task that waits for an answer cancels the call, and the
+    server takes it from its queue.
     """
 
     async def predict(

@@ -159,7 +159,8 @@ def predict(one: Answer, paths: Sequence[str], workers: int) -> Iterator[tuple[s
     try:
         yield from zip(paths, pool.map(one, paths), strict=True)
     finally:
-        pool.shutdown(cancel_futures=True)
+        # without waiting: after an interrupt, closing the client ends the calls under way
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _local(predictor: Predictor, router: str | None, path: str) -> Prediction | InvalidPicture:

@@ -204,12 +204,21 @@ def metadata(manifest: Manifest, versions: Sequence[str]) -> Any:
     return response
 
 
-def config(manifest: Manifest, max_batch: int, instances: int, device: str) -> Any:
-    """ModelConfigResponse: shapes without their batch axis, as Triton writes them; one of the two inputs is given.
+def config_parameters(manifest: Manifest) -> dict[str, str]:
+    """What a model's configuration says beside Triton's own fields.
 
-    parameters["heads"] names the heads in the order of the outputs' axis K, parameters["routers"] what a request may
-    route by, both with commas between; parameters["classes"] is a JSON list of the labels in the order of axis C.
+    `heads` in the order of the outputs' axis K and `routers`, what a request may route by, with commas between;
+    `classes` as a JSON list in the order of axis C.
     """
+    return {
+        "heads": ",".join(manifest.heads),
+        "routers": ",".join(manifest.routers()),
+        "classes": json.dumps(manifest.classes),
+    }
+
+
+def config(manifest: Manifest, max_batch: int, instances: int, device: str) -> Any:
+    """ModelConfigResponse: shapes without their batch axis, as Triton writes them; one of the two inputs is given."""
     pb = model_config_pb2
     types = {"UINT8": pb.TYPE_UINT8, "BYTES": pb.TYPE_STRING, "FP32": pb.TYPE_FP32, "INT64": pb.TYPE_INT64}
     height, width = manifest.preprocessing.height, manifest.preprocessing.width
@@ -219,11 +228,7 @@ def config(manifest: Manifest, max_batch: int, instances: int, device: str) -> A
         backend="trivium",
         max_batch_size=max_batch,
         default_model_filename=manifest.model,
-        parameters={
-            "heads": pb.ModelParameter(string_value=",".join(manifest.heads)),
-            "routers": pb.ModelParameter(string_value=",".join(manifest.routers())),
-            "classes": pb.ModelParameter(string_value=json.dumps(manifest.classes)),
-        },
+        parameters={name: pb.ModelParameter(string_value=value) for name, value in config_parameters(manifest).items()},
         instance_group=[
             pb.ModelInstanceGroup(
                 name=manifest.name,
