@@ -193,6 +193,8 @@ def grpc_options(settings: Settings) -> list[tuple[str, int]]:
         # without it a second server would share the port in silence
         ("grpc.so_reuseport", 0),
         ("grpc.max_concurrent_streams", settings.max_streams),
+        # it counts calls that are answered but not yet forgotten, and so refuses those that keep to the limit
+        ("grpc.http.overload_protection", 0),
         # clients may ping as often as this; gRPC's own limit of 5 minutes hangs up on many that are set to a minute
         ("grpc.http2.min_ping_interval_without_data_ms", MIN_PING_SECONDS * 1000),
     ]
@@ -201,6 +203,8 @@ def grpc_options(settings: Settings) -> list[tuple[str, int]]:
         options += [
             ("grpc.keepalive_time_ms", milliseconds),
             ("grpc.keepalive_timeout_ms", min(20_000, milliseconds)),
+            # one sent to measure the connection, which holds up the one for its life
+            ("grpc.http2.ping_timeout_ms", min(20_000, milliseconds)),
             ("grpc.keepalive_permit_without_calls", 1),
         ]
     if settings.connection_age_seconds:

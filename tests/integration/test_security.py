@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import shutil
 import socket
+import ssl
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,13 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 import numpy as np
+import psutil
 import pytest
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
-from tritonclient.grpc import service_pb2
+from tests.integration.fire import http2
+from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from trivium.runtime.client import Client
-from trivium.runtime.errors import ConfigError, Unauthenticated, Unavailable
+from trivium.runtime.errors import ConfigError, TriviumError, Unauthenticated, Unavailable
 from trivium.runtime.security import RULES, Guard, Rule, Tokens, loopback
 
 if TYPE_CHECKING:
@@ -94,7 +98,7 @@ def guarded(
     root = tmp_path_factory.mktemp("guarded")
     tokens = root / "tokens"
     tokens.write_text("# who may call\n" + line("right", "alice") + line("chief", "bob", "admin"))
-    running = server_process(root, tiny_bundle, "--tokens", tokens)
+    running = server_process(root, tiny_bundle, "--tokens", tokens, "--log-level", "debug", "--access-log")
     yield running, tokens
     assert running.stop() == 0
 
@@ -315,3 +319,130 @@ def test_tls_files_that_do_not_fit_are_one_line(
         Client("localhost:1", tls_ca=tmp_path / "nowhere")
     with pytest.raises(ConfigError, match="belong together"):
         Client("localhost:1", tls_cert=cert)
+
+
+def test_who_is_refused_is_refused_before_the_message_comes(guarded: tuple[ServerProcess, Path]) -> None:
+    server, _ = guarded
+    process = psutil.Process(server.process.pid)
+    before = process.memory_info().rss
+    connections = [http2.connect(server.url) for _ in range(20)]
+    for connection in connections:
+        # a token that is wrong, and the start of a message that is said to have 60 MB
+        head = http2.headers(1, "/inference.GRPCInferenceService/ModelInfer", [("authorization", "Bearer wrong")])
+        connection.sendall(http2.hello(65535) + head + http2.message(1, bytes(16_000), announced=60 << 20))
+    for connection in connections:
+        said = b""
+        while b"the token is not known" not in said:
+            more = connection.recv(4096)
+            assert more, f"hung up after {said!r}"
+            said += more
+        connection.close()
+    assert process.memory_info().rss - before < 20 << 20
+
+
+def test_a_connection_that_never_reads_is_closed_and_others_are_not(serve: Serve, slow_bundle: Path) -> None:
+    server = serve(slow_bundle, "--keepalive-seconds", "1")
+    process = psutil.Process(server.process.pid)
+    deaf = http2.connect(server.url)
+    deaf.sendall(http2.hello(65535))
+
+    def connected() -> int:
+        time.sleep(0.1)
+        port = int(server.url.rpartition(":")[2])
+        ours = [one for one in process.net_connections("tcp") if one.laddr.port == port]
+        return sum(one.status == psutil.CONN_ESTABLISHED for one in ours)
+
+    with Client(server.url, retries=False) as client:
+        client.predict([PICTURE])
+        assert connected() == 2
+        server.wait_until(lambda: connected() == 1)
+        # a request longer than the time after which a silent connection is closed
+        assert len(client.predict([PICTURE] * 60)) == 60
+    deaf.close()
+
+
+def test_calls_beyond_a_connections_share_wait_at_the_client(serve: Serve, slow_bundle: Path) -> None:
+    server = serve(slow_bundle, "--max-streams", "2", "--instances", "1")
+    message = service_pb2.ModelInferRequest(model_name="slow", raw_input_contents=[PICTURE.tobytes()])
+    message.inputs.add(name="image", datatype="UINT8", shape=[1, *PICTURE.shape])
+    most = 0.0
+    with grpc.insecure_channel(server.url) as connection:
+        stub = service_pb2_grpc.GRPCInferenceServiceStub(connection)
+        stub.ModelInfer(message)
+        calls = [stub.ModelInfer.future(message) for _ in range(16)]
+        while not all(call.done() for call in calls):
+            most = max(most, server.metric("trivium_in_flight_requests"))
+    assert {call.code() for call in calls} == {grpc.StatusCode.OK}
+    assert most <= 2
+
+
+def test_connections_are_renewed_without_a_failed_request(serve: Serve, tiny_bundle: Path) -> None:
+    server = serve(tiny_bundle, "--connection-age-seconds", "0.5")
+    with Client(server.url, retries=False) as client:
+        end = time.monotonic() + 3
+        while time.monotonic() < end:
+            assert len(client.predict([PICTURE])) == 1
+
+
+def seen_certificate(url: str) -> str:
+    host, _, port = url.rpartition(":")
+    return ssl.get_server_certificate((host, int(port)), timeout=10)
+
+
+def test_certificates_are_renewed_under_load(
+    serve: Serve, tiny_bundle: Path, authorities: tuple[Authority, Authority], tmp_path: Path
+) -> None:
+    own, strange = authorities
+    cert, key, trusted, both = (tmp_path / name for name in ("cert.pem", "key.pem", "trusted.pem", "both.pem"))
+    both.write_text(own.ca.read_text() + strange.ca.read_text())
+    old, new = own.valid("before"), strange.valid("after")
+    shutil.copy(old[0], cert)
+    shutil.copy(old[1], key)
+    shutil.copy(both, trusted)
+    server = serve(tiny_bundle, "--tls-cert", cert, "--tls-key", key, "--tls-client-ca", trusted)
+    end = threading.Event()
+    failed: list[TriviumError] = []
+    asked: list[bool] = []
+
+    def ask(stay: bool) -> None:
+        def connect() -> Client:
+            return Client(server.url, "tiny", tls_ca=both, tls_cert=old[0], tls_key=old[1], retries=False)
+
+        with connect() as lasting:
+            while not end.wait(0.01):
+                try:
+                    if stay:
+                        lasting.predict([PICTURE])
+                    else:
+                        with connect() as fresh:
+                            fresh.predict([PICTURE])
+                except TriviumError as error:
+                    failed.append(error)
+                asked.append(stay)
+
+    def replace(file: Path, by: Path) -> None:
+        shutil.copy(by, tmp_path / "part")
+        (tmp_path / "part").replace(file)
+
+    threads = [threading.Thread(target=ask, args=(stay,)) for stay in (True, False)]
+    for thread in threads:
+        thread.start()
+    replace(cert, new[0])
+    # half of the new pair: the old one stays
+    server.wait_until(lambda: "the certificates stay as they were" in server.log.read_text())
+    assert seen_certificate(server.url) == old[0].read_text()
+    replace(key, new[1])
+    server.wait_until(lambda: "certificates read again" in server.log.read_text())
+    assert seen_certificate(server.url) == new[0].read_text()
+    count = len(asked)
+    server.wait_until(lambda: len(asked) > count + 10)
+    end.set()
+    for thread in threads:
+        thread.join(30)
+    assert failed == []
+    # an authority in which the server trusts no longer
+    replace(trusted, strange.ca)
+    with Client(server.url, "tiny", tls_ca=both, tls_cert=old[0], tls_key=old[1], retries=False) as client:
+        server.wait_until(lambda: not client.ready())
+    with Client(server.url, "tiny", tls_ca=both, tls_cert=new[0], tls_key=new[1], retries=False) as client:
+        assert len(client.predict([PICTURE])) == 1
