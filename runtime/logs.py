@@ -67,6 +67,9 @@ def configure(level: str, form: Literal["text", "json"]) -> None:
     root.handlers = [handler]
     root.setLevel(logging.WARNING)
     logging.captureWarnings(True)
+    # what no formatter here shows need not be found out (Logging HOWTO, Optimization)
+    logging.logThreads = logging.logMultiprocessing = logging.logProcesses = False
+    logging._srcfile = None
     logging.getLogger("trivium").setLevel(level.upper())
 
 

@@ -8,14 +8,16 @@ without a parent are sampled by ratio. The packages come with the extra `otel`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING, NamedTuple
 
 from .errors import MissingExtra
 
 if TYPE_CHECKING:
-    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.resources import Resource
     from opentelemetry.sdk.trace.export import SpanExporter
+    from opentelemetry.trace import SpanContext, TraceState
 
 METHOD = "inference.GRPCInferenceService/ModelInfer"
 SERVER_FAULTS = frozenset({"UNKNOWN", "DEADLINE_EXCEEDED", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS"})
@@ -57,15 +59,25 @@ class Tracer:
     def __init__(self, exporter: SpanExporter, ratio: float) -> None:
         try:
             from opentelemetry import trace
+            from opentelemetry.sdk.trace import ReadableSpan
             from opentelemetry.sdk.trace.export import BatchSpanProcessor
+            from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
+            from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
+            from opentelemetry.sdk.util.instrumentation import InstrumentationScope
             from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
         except ModuleNotFoundError:
             raise MissingExtra(MISSING) from None
         self._trace = trace
         self._propagator = TraceContextTextMapPropagator()
-        self._provider = _provider(ratio)
-        self._provider.add_span_processor(BatchSpanProcessor(exporter))
-        self._tracer = self._provider.get_tracer("trivium", version("trivium"))
+        self._sampler = ParentBased(TraceIdRatioBased(ratio))
+        self._ids = RandomIdGenerator()
+        self._processor = BatchSpanProcessor(exporter)
+        # a live span, started, given attributes and ended, would cost ten times as much
+        self._span = partial(
+            ReadableSpan,
+            resource=_resource(),
+            instrumentation_scope=InstrumentationScope("trivium", version("trivium")),
+        )
 
     @classmethod
     def to(cls, endpoint: str, ratio: float) -> Tracer:
@@ -97,34 +109,50 @@ class Tracer:
             status: name of the gRPC status code.
             attributes: of the server span; they and the stages are looked at only where the request is sampled.
         """
-        trace = self._trace
-        parent = self._propagator.extract({key: value for key, value in metadata if key in W3C})
-        span = self._tracer.start_span(METHOD, parent, trace.SpanKind.SERVER, start_time=start)
-        context = span.get_span_context()
-        if span.is_recording():
-            span.set_attributes({"rpc.system.name": "grpc", "rpc.method": METHOD, "rpc.response.status_code": status})
-            span.set_attributes(attributes)
-            if status in SERVER_FAULTS:
-                span.set_attribute("error.type", status)
-                span.set_status(trace.StatusCode.ERROR)
-            within = trace.set_span_in_context(span, parent)
+        context = self._propagator.extract({key: value for key, value in metadata if key in W3C})
+        parent = self._trace.get_current_span(context).get_span_context()
+        trace_id = parent.trace_id if parent.is_valid else self._ids.generate_trace_id()
+        sampling = self._sampler.should_sample(context, trace_id, METHOD)
+        sampled = sampling.decision.is_sampled()  # type: ignore[no-untyped-call]
+        if sampled:
+            own = self._context(trace_id, sampling.trace_state)
+            known = {"rpc.system.name": "grpc", "rpc.method": METHOD, "rpc.response.status_code": status, **attributes}
+            fault = status in SERVER_FAULTS
+            if fault:
+                known["error.type"] = status
+            self._processor.on_end(
+                self._span(
+                    METHOD,
+                    own,
+                    parent if parent.is_valid else None,
+                    attributes=known,
+                    kind=self._trace.SpanKind.SERVER,
+                    status=self._trace.Status(self._trace.StatusCode.ERROR if fault else self._trace.StatusCode.UNSET),
+                    start_time=start,
+                    end_time=end,
+                )
+            )
             for stage in stages:
-                known = None if stage.picture is None else {"trivium.picture": stage.picture}
-                self._tracer.start_span(stage.name, within, attributes=known, start_time=stage.start).end(stage.end)
-        span.end(end)
-        return Trace(trace.format_trace_id(context.trace_id), context.trace_flags.sampled)
+                picture = {} if stage.picture is None else {"trivium.picture": stage.picture}
+                within = self._context(trace_id, sampling.trace_state)
+                self._processor.on_end(
+                    self._span(stage.name, within, own, attributes=picture, start_time=stage.start, end_time=stage.end)
+                )
+        return Trace(self._trace.format_trace_id(trace_id), sampled)
 
     def close(self) -> None:
         """Export what is left, for at most EXPORT_SECONDS or so."""
-        self._provider.shutdown()
+        self._processor.shutdown()  # type: ignore[no-untyped-call]
+
+    def _context(self, trace_id: int, state: TraceState | None) -> SpanContext:
+        """Of a new span that is sampled."""
+        flags = self._trace.TraceFlags(self._trace.TraceFlags.SAMPLED)
+        return self._trace.SpanContext(trace_id, self._ids.generate_span_id(), False, flags, state)
 
 
-def _provider(ratio: float) -> TracerProvider:
+def _resource() -> Resource:
     from opentelemetry.sdk.resources import OTELResourceDetector, Resource
-    from opentelemetry.sdk.trace import TracerProvider
-    from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
 
     ours = Resource.create({"service.name": "trivium", "service.version": version("trivium")})
     # OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES win
-    resource = ours.merge(OTELResourceDetector().detect())
-    return TracerProvider(sampler=ParentBased(TraceIdRatioBased(ratio)), resource=resource, shutdown_on_exit=False)
+    return ours.merge(OTELResourceDetector().detect())
