@@ -102,15 +102,14 @@ def find(folder: Path = FOLDER) -> Installation:
     return found
 
 
-def assemble(folder: Path = FOLDER) -> Installation:
-    """Download, unpack and install what is not there yet, and the runtime again where its sources changed.
+def unpack(folder: Path = FOLDER) -> Installation:
+    """The server alone, downloaded and unpacked where it is not there yet.
 
     Raises: Unavailable where this machine cannot run it.
     """
     stub, soname = _python_of_this_machine()
     found = Installation(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / ".complete").unlink(missing_ok=True)
     if not found.tritonserver.is_dir():
         wheels = folder / "wheel"
         _pip(sys.executable, "download", "--no-deps", "--dest", str(wheels), PACKAGE)
@@ -127,6 +126,16 @@ def assemble(folder: Path = FOLDER) -> Installation:
     shutil.copyfile(source, target)
     for program in (target, found.tritonserver / "bin/tritonserver"):
         program.chmod(0o755)
+    return found
+
+
+def assemble(folder: Path = FOLDER) -> Installation:
+    """Unpack and install what is not there yet, and the runtime again where its sources changed.
+
+    Raises: Unavailable where this machine cannot run it.
+    """
+    (folder / ".complete").unlink(missing_ok=True)
+    found = unpack(folder)
     found.install_runtime()
     (folder / ".complete").touch()
     return found
