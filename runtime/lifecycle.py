@@ -15,6 +15,7 @@ from pathlib import Path
 from .config import Settings
 from .errors import ConfigError, EngineError, ManifestError, TriviumError, UnknownModel
 from .health import NOT_SERVING, SERVING, Health
+from .logs import about
 from .metrics import Loads
 from .predictor import Predictor
 from .preprocess import Limits
@@ -224,7 +225,8 @@ class Lifecycle:
         if self._started:
             serving = self._repository.versions(source.name) if source.name in self._repository.names() else []
             kept = f"; version {', '.join(serving)} serves on" if serving else ""
-            _log.error("%s: refused: %s: %s%s", source.path, type(refused).__name__, refused, kept)
+            told = about(model=source.name, version=source.version)
+            _log.error("%s: refused: %s: %s%s", source.path, type(refused).__name__, refused, kept, extra=told)
         return refused
 
     def _open(self, source: Source) -> Predictor:
@@ -263,12 +265,11 @@ class Lifecycle:
         if predictor.fallback:
             self._loads.fall_back(manifest.name, predictor.fallback)
         _log.info(
-            "%s version %s: heads %s, %s kernels (%s), self-test passed",
-            manifest.name,
-            manifest.version,
+            "loaded: heads %s, %s kernels (%s), self-test passed",
             ", ".join(manifest.heads),
             engine.kernels,
             engine.kernels_reason,
+            extra=about(model=manifest.name, version=manifest.version),
         )
         if old is not None:
             self._drain(old)
@@ -290,7 +291,7 @@ class Lifecycle:
             await self._repository.drained(old)
             del self._draining[old]
             self._loads.count(old.manifest.name, "unloaded")
-            _log.info("%s version %s: drained and unloaded", old.manifest.name, old.manifest.version)
+            _log.info("drained and unloaded", extra=about(model=old.manifest.name, version=old.manifest.version))
 
         self._draining[old] = asyncio.ensure_future(finish())
 

@@ -203,7 +203,7 @@ def test_bad_versions_leave_the_old_one_serving(
 
         publish(build_bundle(tmp_path / "b5", version="5"), repository / "tiny" / "5")
         running.wait_for("tiny", "5", "READY")
-        server.wait_until(lambda: "tiny version 1: drained and unloaded" in server.log.read_text())
+        server.wait_until(lambda: "drained and unloaded model=tiny version=1" in server.log.read_text())
         assert running.served("tiny") == "5"
         assert running.index()["tiny", "1"] == ("UNAVAILABLE", "newer versions are served")
         # the newest is taken away: the one before it comes back
