@@ -32,6 +32,8 @@ class TritonPythonModel(Model):
 '''
 TYPES = {"UINT8": pb.TYPE_UINT8, "BYTES": pb.TYPE_STRING, "FP32": pb.TYPE_FP32, "INT64": pb.TYPE_INT64}
 MAX_QUEUE = 256
+MAX_WAIT_US = 600_000_000
+"""Triton lets a request shorten its time in the queue, but only where there is one to be shortened."""
 GPU_DELAY_US = 1000
 """How long a GPU's batch waits for company."""
 
@@ -133,11 +135,12 @@ def config(manifest: Manifest, device: Literal["cpu", "cuda"], instances: int, m
     queue.default_queue_policy.timeout_action = pb.ModelQueuePolicy.REJECT
     queue.default_queue_policy.allow_timeout_override = True
     queue.default_queue_policy.max_queue_size = MAX_QUEUE
+    queue.default_queue_policy.default_timeout_microseconds = MAX_WAIT_US
     if batching:
         queue.preferred_batch_size.extend(size for size in (8, 16, 32, 64) if size <= max_batch)
         queue.max_queue_delay_microseconds = GPU_DELAY_US
 
-    warmup = model.model_warmup.add(name="black picture", batch_size=1 if batching else 0)
+    warmup = model.model_warmup.add(name="black picture", batch_size=1)
     picture = warmup.inputs[IMAGE]
     picture.data_type = TYPES["UINT8"]
     picture.dims.extend((height, width, 3) if batching else (1, height, width, 3))

@@ -8,6 +8,7 @@ that a bad picture fails alone. `backend` is triton_python_backend_utils, which 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,9 @@ from numpy.typing import NDArray
 
 from trivium.kernels import HeadStatistics
 
+from .bundle import Manifest
 from .errors import EngineError, InvalidRequest, TriviumError
+from .metrics import ENTROPY, INFORMATION
 from .predictor import Prediction, Predictor, Timings
 
 BUNDLE = "bundle"
@@ -27,6 +30,8 @@ BUNDLE = "bundle"
 IMAGE, ENCODED = "image", "encoded_image"
 CODES = {"INVALID_ARGUMENT": "INVALID_ARG", "NOT_FOUND": "NOT_FOUND", "UNAVAILABLE": "UNAVAILABLE"}
 """gRPC status -> the TritonError code that becomes it; any other is INTERNAL."""
+STAGES = ("decode", "compute", "route")
+"""Of the response parameters; the queue is Triton's, whose statistics tell of it."""
 
 
 @dataclass(slots=True)
@@ -58,7 +63,10 @@ class Model:
             Path(args["model_repository"], args["model_version"], BUNDLE),
             device="cuda" if parameters["device"] == "cuda" else "cpu",
         )
-        # a later release than 2.51 can send them
+        self.counted = ModelMetrics(self.backend, self.predictor.manifest)
+        # pictures of Triton's making, which come before any of a client's, and which no metric should show
+        self.warmups = sum(max(1, sample["count"]) for sample in config["model_warmup"])
+        # releases later than 2.51 can send them
         self.has_parameters = "parameters" in (self.backend.InferenceResponse.__init__.__doc__ or "")
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
@@ -129,6 +137,10 @@ class Model:
                 )
             except TriviumError as error:
                 answers.append(error)
+        if self.warmups:
+            self.warmups -= 1
+        else:
+            self.counted.add([one for answer in answers if isinstance(answer, list) for one in answer])
         return answers
 
     def _response(self, request: Any, answer: list[Prediction] | TriviumError) -> Any:
@@ -147,6 +159,49 @@ class Model:
         )
 
 
+class ModelMetrics:
+    """The uncertainty histograms and the router's counts of `trivium serve`, among Triton's own metrics.
+
+    All instances of a model share the cells. A call here is a message to the server's process, some 30 microseconds.
+    """
+
+    def __init__(self, backend: Any, manifest: Manifest) -> None:
+        labels = {"model": manifest.name, "version": manifest.version}
+
+        def family(name: str, text: str, kind: str) -> Any:
+            return backend.MetricFamily(name=name, description=text, kind=getattr(backend.MetricFamily, kind))
+
+        self._labels = labels
+        self._routed = family("trivium_routed_total", "Pictures answered, by what the router chose.", "COUNTER")
+        self._entropy = family("trivium_predictive_entropy_nats", "Predictive entropy of each head.", "HISTOGRAM")
+        self._information = family(
+            "trivium_mutual_information_nats",
+            "Mutual information of prediction and dropout mask, of each head.",
+            "HISTOGRAM",
+        )
+        self._chosen = {head: self._routed.Metric(labels=labels | {"head": head}) for head in manifest.heads}
+        self._entropies = [
+            self._entropy.Metric(labels=labels | {"head": head}, buckets=ENTROPY) for head in manifest.heads
+        ]
+        self._informations = [
+            self._information.Metric(labels=labels | {"head": head}, buckets=INFORMATION) for head in manifest.heads
+        ]
+
+    def add(self, predictions: Sequence[Prediction]) -> None:
+        """Count answered pictures."""
+        for head, count in Counter(one.head for one in predictions).items():
+            if head not in self._chosen:
+                self._chosen[head] = self._routed.Metric(labels=self._labels | {"head": head})
+            self._chosen[head].increment(count)
+        for one in predictions:
+            for cells, values in (
+                (self._entropies, one.predictive_entropy),
+                (self._informations, one.mutual_information),
+            ):
+                for cell, value in zip(cells, values.tolist(), strict=True):
+                    cell.observe(value)
+
+
 def column(predictions: Sequence[Prediction], name: str) -> NDArray[Any]:
     """One output of all predictions, batch first; text as objects of bytes, which is how Triton takes it."""
     values = [getattr(prediction, name) for prediction in predictions]
@@ -156,18 +211,19 @@ def column(predictions: Sequence[Prediction], name: str) -> NDArray[Any]:
 
 
 def check_tensors(backend: Any) -> None:
-    """See that an array survives the way into one of Triton's tensors.
+    """See that an array comes back out of one of Triton's tensors.
 
-    Raises: EngineError where it does not: Python back ends older than NumPy 2 then make empty tensors, without an
-        error, and the server would answer OK with nothing in it.
+    Raises: EngineError where it does not: a Python back end that was built before NumPy 2 misreads its arrays. Without
+        an error it then takes every picture for black and answers OK with empty tensors.
     """
-    for array in (np.arange(6, dtype=np.float32).reshape(2, 3), np.array([b"a", b"bc"], dtype=np.object_)):
-        tensor = backend.Tensor("probe", array)
-        if not np.array_equal(tensor.as_numpy(), array):
-            raise EngineError(
-                f"this tritonserver makes empty tensors of NumPy {np.__version__}'s arrays; "
-                "run: pip install 'numpy<2' in the model's environment"
-            )
+    array = np.arange(1, 7, dtype=np.float32).reshape(2, 3)
+    tensor = backend.Tensor("probe", array)
+    # as_numpy alone gives back the array it was made of
+    if not np.array_equal(backend.Tensor.from_dlpack("probe", tensor.to_dlpack()).as_numpy(), array):
+        raise EngineError(
+            f"this tritonserver cannot read the arrays of NumPy {np.__version__}; "
+            "run: pip install 'numpy<2' in the model's environment"
+        )
 
 
 def _router(parameters: dict[str, Any]) -> str | None:
@@ -178,7 +234,3 @@ def _router(parameters: dict[str, Any]) -> str | None:
         if not isinstance(value, str):
             raise InvalidRequest(f"parameter 'router' must be a string, got {type(value).__name__}")
     return parameters.get("router")
-
-
-STAGES = ("decode", "compute", "route")
-"""Of the response parameters; the queue is Triton's, whose statistics tell of it."""

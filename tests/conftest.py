@@ -11,7 +11,7 @@ import pytest
 from numpy.typing import NDArray
 
 from trivium.kernels import dropout_masks
-from trivium.runtime.bundle import Manifest, seal
+from trivium.runtime.bundle import Manifest, read_manifest, seal
 from trivium.runtime.engine import INPUT, Engine
 
 SIZE, CLASSES, CHANNELS, PASSES, KEEP, SEED = 32, 10, 6, 32, 0.5, 7
@@ -129,3 +129,34 @@ def single_head_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def some_pictures() -> NDArray[np.uint8]:
     """Twelve pictures in the tiny bundles' size, uint8 [12, 32, 32, 3]."""
     return pictures(12)
+
+
+@pytest.fixture(scope="session")
+def slow_bundle(build_bundle: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle named slow, one picture of which takes tens of milliseconds: matrix products that change nothing."""
+    onnx = pytest.importorskip("onnx")
+    from onnx import helper, numpy_helper
+
+    root = build_bundle(tmp_path_factory.mktemp("slow") / "slow", name="slow")
+    model = onnx.load(root / "model.onnx")
+    side, products = 512, 8
+    start = next(i for i, node in enumerate(model.graph.node) if "features" in node.output)
+    model.graph.node[start].output[0] = "plain_features"
+    nodes = [
+        helper.make_node("ReduceMean", ["float"], ["brightness"], keepdims=0),
+        helper.make_node("Mul", ["brightness", "permutation"], ["product_0"]),
+        *(helper.make_node("MatMul", [f"product_{i}", "permutation"], [f"product_{i + 1}"]) for i in range(products)),
+        helper.make_node("ReduceMean", [f"product_{products}"], ["average"], keepdims=0),
+        helper.make_node("Mul", ["average", "zero"], ["nothing"]),
+        helper.make_node("Add", ["plain_features", "nothing"], ["features"]),
+    ]
+    for offset, node in enumerate(nodes):
+        model.graph.node.insert(start + 1 + offset, node)
+    permutation = np.eye(side, dtype=np.float32)[np.random.default_rng(1).permutation(side)]
+    model.graph.initializer.append(numpy_helper.from_array(permutation, "permutation"))
+    model.graph.initializer.append(numpy_helper.from_array(np.zeros((), np.float32), "zero"))
+    onnx.save(model, root / "model.onnx")
+    manifest = read_manifest(root)
+    (root / "golden.npz").unlink()
+    seal(root, manifest.model_copy(update={"golden": None}))
+    return root

@@ -14,11 +14,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-
-from trivium.runtime.bundle import read_manifest, seal
 
 if TYPE_CHECKING:
     from tests.triton.server import TritonServer
@@ -154,31 +151,34 @@ def triton_server(
 
 
 @pytest.fixture(scope="session")
-def slow_bundle(build_bundle: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle named slow, one picture of which takes tens of milliseconds: matrix products that change nothing."""
-    onnx = pytest.importorskip("onnx")
-    from onnx import helper, numpy_helper
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A student with untrained but differing heads, and scikit-learn's digits to calibrate it on."""
+    torch = pytest.importorskip("torch", reason="students need torch: pip install 'trivium[export]'")
+    from trivium.runtime.bundle import Dropout, Preprocessing
+    from trivium.train.backbone import create, split
+    from trivium.train.checkpoint import Architecture, CheckpointMeta, Cost, save_checkpoint
+    from trivium.train.data import DataSpec, load_pictures
+    from trivium.train.student import Student
 
-    root = build_bundle(tmp_path_factory.mktemp("slow") / "slow", name="slow")
-    model = onnx.load(root / "model.onnx")
-    side, products = 512, 8
-    start = next(i for i, node in enumerate(model.graph.node) if "features" in node.output)
-    model.graph.node[start].output[0] = "plain_features"
-    nodes = [
-        helper.make_node("ReduceMean", ["float"], ["brightness"], keepdims=0),
-        helper.make_node("Mul", ["brightness", "permutation"], ["product_0"]),
-        *(helper.make_node("MatMul", [f"product_{i}", "permutation"], [f"product_{i + 1}"]) for i in range(products)),
-        helper.make_node("ReduceMean", [f"product_{products}"], ["average"], keepdims=0),
-        helper.make_node("Mul", ["average", "zero"], ["nothing"]),
-        helper.make_node("Add", ["plain_features", "nothing"], ["features"]),
-    ]
-    for offset, node in enumerate(nodes):
-        model.graph.node.insert(start + 1 + offset, node)
-    permutation = np.eye(side, dtype=np.float32)[np.random.default_rng(1).permutation(side)]
-    model.graph.initializer.append(numpy_helper.from_array(permutation, "permutation"))
-    model.graph.initializer.append(numpy_helper.from_array(np.zeros((), np.float32), "zero"))
-    onnx.save(model, root / "model.onnx")
-    manifest = read_manifest(root)
-    (root / "golden.npz").unlink()
-    seal(root, manifest.model_copy(update={"golden": None}))
-    return root
+    torch.manual_seed(0)
+    heads = ("clean", "robust", "combined")
+    settings = Preprocessing(height=28, width=28, resize=28, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    pictures = load_pictures(DataSpec(kind="digits", calibration=0.2, limit=60), "calibration", settings)
+    name = "trivium_resnet10_tiny"
+    student = Student(split(create(name, 10), 28, 28), heads, 1, "copied", 0.5)
+    for parameter in student.heads.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    meta = CheckpointMeta(
+        name="digits",
+        classes=pictures.classes,
+        heads=list(heads),
+        preprocessing=settings,
+        dropout=Dropout(rate=0.5, passes=8, seed=3),
+        architecture=Architecture(model=name, depth=1, tail="copied"),
+        data=pictures.describe(),
+        recipe={"data": {"kind": "digits"}, "original": {"weights": "/home/someone/weights.pth"}},
+        costs={"student": Cost(cpu_seconds=1.5)},
+        packages={"torch": torch.__version__},
+        weights_sha256="",
+    )
+    return save_checkpoint(tmp_path_factory.mktemp("checkpoints") / "student", student, meta)

@@ -215,7 +215,7 @@ class TritonServer:
         while not self._ready():
             if self.process.poll() is not None or time.monotonic() > end:
                 self.stop()
-                raise RuntimeError(f"tritonserver did not start:\n{log.read_text()}")
+                raise RuntimeError(f"tritonserver did not start:\n{log.read_text(errors='replace')[-5000:]}")
             time.sleep(0.05)
 
     def metrics(self) -> str:
