@@ -22,14 +22,17 @@ if TYPE_CHECKING:
 INPUT = "image"
 OUTPUTS = list(HeadStatistics._fields)
 SELF_TEST_TOLERANCE = {
-    "probabilities": 2e-3,
-    "predictive_entropy": 2e-2,
-    "mutual_information": 2e-2,
-    "divergence": 2e-2,
-    "energy": 2e-2,
+    "probabilities": 1e-4,
+    "predictive_entropy": 1e-3,
+    "mutual_information": 1e-3,
+    "divergence": 1e-3,
+    "energy": 1e-3,
 }
-"""Largest |difference| / max(1, |expected|) from the golden answers that a self-test takes for the same model: wide
-enough for another processor's instructions and for bfloat16 head weights, far below any wrong weight or input."""
+"""Largest |difference| / max(1, |expected|) from the golden answers that a self-test takes for the same model. Kernels,
+instruction sets and graph optimisations differ by 1e-6 at most; 1 % of noise in one weight tensor is more than this."""
+COARSE = 20
+"""How much more it takes where the same arithmetic differs by more: TF32 and half precision on a card, and 8-bit
+integers, whose products saturate on some processors."""
 TENSORRT_PROVIDER = "TensorrtExecutionProvider"
 GOLDEN_LIMIT = 256 << 20
 """Bytes that the golden answers may take when unpacked."""
@@ -59,7 +62,8 @@ class Backend(ABC):
     def self_test(self) -> None:
         """Repeat the bundle's golden pictures, or where it has none see that the graph gives finite numbers.
 
-        Raises: EngineError where an output differs by more than SELF_TEST_TOLERANCE.
+        Raises: EngineError where an output differs by more than SELF_TEST_TOLERANCE, COARSE times as much where the
+            model does not compute in float32.
         """
         path = self.bundle.golden_path
         if path is None:
@@ -78,12 +82,19 @@ class Backend(ABC):
             if expected.shape != values.shape or not np.isfinite(expected).all():
                 raise EngineError(f"self-test: {path.name}: {name} is not finite {list(values.shape)}")
             difference = float(np.max(np.abs(values - expected) / np.maximum(1, np.abs(expected))))
+            tolerance = SELF_TEST_TOLERANCE[name]
             # written so that a NaN fails
-            if not difference <= SELF_TEST_TOLERANCE[name]:
+            if not difference <= tolerance and self._coarse():
+                tolerance *= COARSE
+            if not difference <= tolerance:
                 raise EngineError(
                     f"self-test: {name} differs by {difference:.2g} from the answer recorded at export, "
-                    f"more than {SELF_TEST_TOLERANCE[name]:g} ({self.kernels} kernels)"
+                    f"more than {tolerance:g} ({self.kernels} kernels)"
                 )
+
+    def _coarse(self) -> bool:
+        # names of operators stand in the file as they are
+        return self.device == "cuda" or b"QuantizeLinear" in self.bundle.model_path.read_bytes()
 
     def _check(self, images: NDArray[np.uint8]) -> None:
         preprocessing = self.bundle.manifest.preprocessing

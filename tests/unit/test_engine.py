@@ -184,6 +184,52 @@ def test_the_self_test_passes_and_notices_other_weights(copy: Path) -> None:
         Engine(resealed(copy)).self_test()
 
 
+@pytest.mark.parametrize("tensor", ["mean", "std", "kernel", "heads.weights", "heads.bias", "heads.temperature"])
+def test_the_self_test_notices_one_percent_of_noise_in_one_tensor(copy: Path, tensor: str) -> None:
+    def disturb(model: Any) -> None:
+        found = next(i for i in model.graph.initializer if i.name == tensor)
+        values = onnx.numpy_helper.to_array(found)
+        noise = np.random.default_rng(0).normal(1, 0.01, values.shape).astype(np.float32)
+        found.CopyFrom(onnx.numpy_helper.from_array(values * noise, tensor))
+
+    edit_model(copy, disturb)
+    with pytest.raises(EngineError, match=r"^self-test: .* differs by "):
+        Engine(resealed(copy)).self_test()
+
+
+@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512"])
+@pytest.mark.parametrize("kernels", ["on", "off"])
+def test_every_implementation_passes_with_room(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, isa: str, kernels: Any
+) -> None:
+    monkeypatch.setenv("TRIVIUM_ISA", isa)
+    monkeypatch.setattr("trivium.runtime.engine.SELF_TEST_TOLERANCE", dict.fromkeys(OUTPUTS, 1e-5))
+    try:
+        engine = Engine(open_bundle(tiny_bundle), kernels=kernels)
+    except EngineError as error:
+        pytest.skip(str(error))
+    engine.self_test()
+
+
+def test_models_in_8_bits_have_a_wider_tolerance(copy: Path) -> None:
+    def disturb(model: Any) -> None:
+        bias = next(i for i in model.graph.initializer if i.name == "heads.bias")
+        values = onnx.numpy_helper.to_array(bias)
+        bias.CopyFrom(onnx.numpy_helper.from_array(values + np.linspace(0, 3e-3, 10, dtype=np.float32), bias.name))
+
+    def quantize(model: Any) -> None:
+        scale = onnx.numpy_helper.from_array(np.float32(1 / 255), "scale")
+        zero = onnx.numpy_helper.from_array(np.uint8(0), "zero_point")
+        model.graph.initializer.extend([scale, zero])
+        model.graph.node.append(onnx.helper.make_node("QuantizeLinear", ["mean", "scale", "zero_point"], ["unused"]))
+
+    edit_model(copy, disturb)
+    with pytest.raises(EngineError, match=r"more than 0\.0001 "):
+        Engine(resealed(copy)).self_test()
+    edit_model(copy, quantize)
+    Engine(resealed(copy)).self_test()
+
+
 def test_the_self_test_notices_what_is_not_a_number(copy: Path) -> None:
     def poison(model: Any) -> None:
         std = next(i for i in model.graph.initializer if i.name == "std")
