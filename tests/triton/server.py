@@ -9,6 +9,7 @@ first python3 on PATH, by a stub that is made for one minor version of Python.
 from __future__ import annotations
 
 import ctypes.util
+import filecmp
 import hashlib
 import os
 import platform
@@ -123,7 +124,9 @@ def unpack(folder: Path = FOLDER) -> Installation:
     if not source.exists():
         raise Unavailable(f"{PACKAGE} has no stub for Python {stub}, {soname}")
     target = found.tritonserver / "backends/python/triton_python_backend_stub"
-    shutil.copyfile(source, target)
+    # one that runs cannot be written
+    if not target.exists() or not filecmp.cmp(source, target, shallow=False):
+        shutil.copyfile(source, target)
     for program in (target, found.tritonserver / "bin/tritonserver"):
         program.chmod(0o755)
     return found
