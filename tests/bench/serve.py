@@ -13,6 +13,8 @@ client_cpu_ms says what each request costs them.
 from __future__ import annotations
 
 import argparse
+import signal
+import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -46,6 +48,8 @@ def main() -> None:
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     parser.add_argument("--out", type=Path, default=ROOT / "build/bench/serve.json")
     given = parser.parse_args()
+    # so that a time limit from outside ends the servers too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
     rows = [row for model in given.models for row in measure(model, given)]
     report.write(rows, given.out)
     print(report.markdown(rows) if given.markdown else report.table(rows))

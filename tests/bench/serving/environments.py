@@ -9,6 +9,8 @@ from pathlib import Path
 
 PACKAGES = {
     "mosec": ["mosec==0.9.8"],
+    # of its models: with numpy 2 the server says OK and sends empty tensors (python_backend#384)
+    "tritonserver": ["numpy<2"],
     "LitServe": ["litserve==0.2.19"],
     "BentoML": ["bentoml==1.4.39"],
     # with uvloop 0.22 its workers die in a loop while the server says that it is ready (MLServer#2286)

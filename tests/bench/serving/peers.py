@@ -40,18 +40,17 @@ def peer(name: str, folder: Path, bundle: Path, workers: int, picture: Picture, 
         "TRIVIUM_WORKERS": str(workers),
         "PYTHONPATH": str(APPS),
     }
-    if name == "tritonserver":
-        installation = _tritonserver()
-        command = _triton_command(installation, folder / "triton", picture, workers, expected)
-        inherited = {key: value for key, value in installation.environment().items() if key != "PYTHONPATH"}
-        return Server(
-            name, "grpc", command, image_message(picture), read_v2, expected, environment=inherited | variables
-        )
     try:
         binaries = environment(name, folder / "envs") / "bin"
     except InstallFailed as error:
         raise Unavailable(f"it cannot be installed: {error}") from None
     python = str(binaries / "python")
+    if name == "tritonserver":
+        installation = _tritonserver()
+        command = _triton_command(installation, folder / "triton", picture, workers, expected)
+        libraries = installation.environment()["LD_LIBRARY_PATH"]
+        variables |= {"PATH": f"{binaries}:/usr/bin:/bin", "LD_LIBRARY_PATH": libraries}
+        return Server(name, "grpc", command, image_message(picture), read_v2, expected, environment=variables)
     if name == "MLServer":
         command = _mlserver_command(binaries, folder / "mlserver", picture.model, workers)
         read = _read_mlserver(expected)
@@ -75,7 +74,6 @@ def peer(name: str, folder: Path, bundle: Path, workers: int, picture: Picture, 
         "Ray Serve": ("/", lambda port: [python, str(APPS / "ray_app.py"), str(port)]),
     }
     path, command = commands[name]
-    variables["PATH"] = f"{binaries}:/usr/local/bin:/usr/bin:/bin"
     return Server(name, "http", command, picture.pixels.tobytes(), _read_raw(expected), expected, path, RAW, variables)
 
 
@@ -83,7 +81,7 @@ def _tritonserver() -> Installation:
     from tests.triton import server
 
     try:
-        return server.assemble()
+        return server.unpack()
     except server.Unavailable as error:
         raise Unavailable(str(error)) from None
 
