@@ -159,12 +159,18 @@ def write_request(
     router: str | None = None,
     priority: int | None = None,
 ) -> Any:
-    """The ModelInferRequest for pictures of one kind and size."""
-    message = service_pb2.ModelInferRequest(model_name=model, model_version=version, id=request_id)
-    if router is not None:
-        message.parameters["router"].string_param = router
-    if priority is not None:
-        message.parameters["priority"].int64_param = priority
+    """The ModelInferRequest for pictures of one kind and size.
+
+    Raises: InvalidRequest for an id, a router or a priority that no message can hold.
+    """
+    try:
+        message = service_pb2.ModelInferRequest(model_name=model, model_version=version, id=request_id)
+        if router is not None:
+            message.parameters["router"].string_param = router
+        if priority is not None:
+            message.parameters["priority"].int64_param = priority
+    except (TypeError, ValueError) as error:
+        raise InvalidRequest(f"the request cannot be written: {error}") from None
     if (shape := _shape(pictures[0])) is None:
         message.inputs.add(name=ENCODED, datatype="BYTES", shape=[len(pictures)])
         message.raw_input_contents.append(b"".join(pack_bytes(bytes(one)) for one in pictures))

@@ -8,7 +8,6 @@ import re
 from collections.abc import Callable, Generator, Iterable
 from functools import partial
 from math import inf
-from pathlib import Path
 from time import monotonic
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 from uuid import uuid4
@@ -31,6 +30,7 @@ from .client_codec import (
     read_response,
     write_request,
 )
+from .connection import Connection, Metadata
 from .errors import (
     BundleError,
     Cancelled,
@@ -63,16 +63,8 @@ ERRORS: dict[str, type[TriviumError]] = {
 """What a status becomes; any other is a ServerError."""
 TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
 """W3C Trace Context, section 3.2."""
-OPTIONS: list[tuple[str, Any]] = [
-    ("grpc.max_receive_message_length", -1),
-    ("grpc.max_send_message_length", -1),
-    # gRPC's own retries leave out messages over 256 KB, one of two pictures already; ours do not
-    ("grpc.enable_retries", 0),
-    # milliseconds; with gRPC's own second a retry would come before the connection is even tried again
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 5000),
-]
-Metadata: TypeAlias = "tuple[tuple[str, str], ...]"
+FOREVER = 1e9
+"""Seconds: longer than this is no bound, for gRPC counts nanoseconds in 64 bits."""
 T = TypeVar("T")
 
 
@@ -132,12 +124,10 @@ class ClientCore:
         tls_cert: str | os.PathLike[str] | None = None,
         tls_key: str | os.PathLike[str] | None = None,
     ) -> None:
-        if "://" in url:
-            raise ConfigError(f"{url}: expected host:port, without a scheme")
-        if (tls_cert is None) != (tls_key is None):
-            raise ConfigError("tls_cert and tls_key belong together")
-        if token is not None and not (token.isascii() and token.isprintable() and token.strip()):
-            raise ConfigError("the token must be printable ASCII")
+        self._connection = Connection(url, token, tls, tls_ca, tls_cert, tls_key)
+        for name in (model or "", version):
+            if not name.isprintable():
+                raise ConfigError(f"{name!r} is no name or version of a model")
         self.url = url
         self.version = version
         self.timeout = _positive(timeout)
@@ -145,10 +135,6 @@ class ClientCore:
         self._max_batch: int | None = None
         self._policy = retries if isinstance(retries, RetryPolicy) else RetryPolicy(max_attempts=4 if retries else 1)
         self._budget = RetryBudget(self._policy)
-        self._metadata: Metadata = () if token is None else (("authorization", f"Bearer {token.strip()}"),)
-        self._credentials: grpc.ChannelCredentials | None = None
-        if tls or tls_ca is not None or tls_cert is not None:
-            self._credentials = grpc.ssl_channel_credentials(_pem(tls_ca), _pem(tls_key), _pem(tls_cert))
         self._channel: Any = None
         self._methods: dict[str, Any] = {}
         self._open()
@@ -158,10 +144,7 @@ class ClientCore:
 
     def _connect(self, transport: Any) -> None:
         """Make the channel, of the module grpc or grpc.aio; nothing is sent before the first call."""
-        if self._credentials is None:
-            self._channel = transport.insecure_channel(self.url, OPTIONS)
-        else:
-            self._channel = transport.secure_channel(self.url, self._credentials, OPTIONS)
+        self._channel = self._connection.channel(transport)
         for stub in (service_pb2_grpc.GRPCInferenceServiceStub, health_pb2_grpc.HealthStub):
             self._methods |= vars(stub(self._channel))
 
@@ -176,9 +159,10 @@ class ClientCore:
         tracestate: str | None,
     ) -> Steps[list[ServedPrediction]]:
         deadline = self._deadline(timeout)
-        metadata = self._metadata + _trace(traceparent, tracestate)
+        metadata = self._connection.metadata + _trace(traceparent, tracestate)
         write = partial(write_request, version=self.version, router=router, priority=priority)
         write = partial(write, request_id=uuid4().hex if request_id is None else request_id)
+        # one picture alone fits every server; how many do is asked where there is a second
         batch = Batch(1)
         predictions: list[ServedPrediction] = []
 
@@ -258,7 +242,7 @@ class ClientCore:
             if remaining <= 0:
                 raise DeadlineExceeded(f"{self.url}: the deadline passed before the request was sent")
             timeout = None if remaining == inf else remaining
-            outcome = yield Ask(method, message, timeout, self._metadata if metadata is None else metadata)
+            outcome = yield Ask(method, message, timeout, self._connection.metadata if metadata is None else metadata)
             if not isinstance(outcome, grpc.RpcError):
                 self._budget.succeeded()
                 return outcome
@@ -307,11 +291,4 @@ def _trace(traceparent: str | None, tracestate: str | None) -> Metadata:
 def _positive(timeout: float | None) -> float | None:
     if timeout is not None and not timeout > 0:
         raise ConfigError(f"timeout must be seconds > 0, got {timeout}")
-    return None if timeout == inf else timeout
-
-
-def _pem(path: str | os.PathLike[str] | None) -> bytes | None:
-    try:
-        return None if path is None else Path(path).read_bytes()
-    except OSError as error:
-        raise ConfigError(f"{os.fspath(path or '')}: {error.strerror}") from None
+    return None if timeout is None or timeout > FOREVER else timeout

@@ -70,7 +70,7 @@ def main() -> None:
                 failed += 1
                 print(f"{sys.argv[0]}: {printable(str(answer))}", file=sys.stderr)
             elif arguments.json:
-                print(json.dumps(record(path, answer, names, arguments.top), ensure_ascii=False), flush=True)
+                print(json_line(record(path, answer, names, arguments.top)), flush=True)
             else:
                 rows.append((path, answer))
     if rows:
@@ -208,6 +208,16 @@ def record(path: str, prediction: Prediction, names: Names, top: int) -> dict[st
         "compute_ns": timings.compute,
         "route_ns": timings.route,
     }
+
+
+def json_line(row: dict[str, Any]) -> str:
+    """JSON with letters as they are, or escaped where the output's encoding lacks one."""
+    text = json.dumps(row, ensure_ascii=False)
+    try:
+        text.encode(sys.stdout.encoding)
+    except UnicodeEncodeError:
+        return json.dumps(row)
+    return text
 
 
 def print_table(rows: Sequence[tuple[str, Prediction]], names: Names, top: int) -> None:

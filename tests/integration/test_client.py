@@ -282,7 +282,7 @@ def test_predict_by_a_server_names_what_cannot_be_answered(server: ServerProcess
         (["--server", "URL", "--model", "tiny", "--kernels", "on", "IMAGE"], "--kernels is of use only with a bundle"),
         (["--server", "URL", "--model", "tiny", "--tls-cert", "x", "IMAGE"], "belong together"),
         (["--server", "URL", "--model", "tiny", "--timeout", "0", "IMAGE"], "timeout must be seconds > 0"),
-        (["--server", "http://URL", "IMAGE"], "expected host:port, without a scheme"),
+        (["--server", "http://URL", "IMAGE"], "expected HOST:PORT"),
         (["--token-file", "x", "BUNDLE", "IMAGE"], "--token-file is of use only with --server"),
         (["BUNDLE"], "expected a bundle and at least one IMAGE, or --server HOST:PORT"),
     ],

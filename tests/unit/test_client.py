@@ -18,7 +18,7 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
@@ -143,6 +143,7 @@ def test_the_package_offers_its_names_and_loads_them_on_use() -> None:
         from trivium.runtime import Nobody  # type: ignore[attr-defined]  # noqa: F401
 
 
+@settings(deadline=None)
 @given(
     attempts=st.integers(1, 10),
     pushback=st.none() | st.integers(-5, 5000),
@@ -340,13 +341,21 @@ def test_metadata_is_read_and_that_of_other_servers_refused(predictor: Predictor
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
-        ({"url": "https://example.org:443"}, "without a scheme"),
+        ({"url": "https://example.org:443"}, "'https://example.org:443': expected HOST:PORT"),
+        ({"url": ""}, "expected HOST:PORT"),
+        ({"url": "localhost"}, "expected HOST:PORT"),
+        ({"url": "127.0.0.1:99999"}, "expected HOST:PORT"),
+        ({"url": "::1:8001"}, "expected HOST:PORT"),
+        ({"model": "a\udcff"}, "is no name or version"),
         ({"timeout": 0}, "timeout must be seconds > 0"),
         ({"timeout": math.nan}, "timeout must be seconds > 0"),
         ({"token": "secret\nline"}, "the token must be printable ASCII"),
         ({"token": " "}, "the token must be printable ASCII"),
         ({"tls_cert": "a.pem"}, "belong together"),
-        ({"tls_ca": "/nowhere.pem"}, "/nowhere.pem: No such file"),
+        ({"tls_key": "a.pem"}, "belong together"),
+        ({"tls_ca": "/nowhere.pem"}, "/nowhere.pem cannot be used: No such file"),
+        ({"tls_ca": __file__}, "test_client.py cannot be used: NO_CERTIFICATE_OR_CRL_FOUND"),
+        ({"tls_cert": __file__, "tls_key": __file__}, "cannot be used"),
     ],
 )
 @pytest.mark.parametrize("kind", [Client, AsyncClient])
@@ -354,6 +363,22 @@ def test_settings_that_cannot_be_used(kind: Any, settings: dict[str, Any], text:
     with pytest.raises(ConfigError, match=text) as caught:
         kind(**{"url": "127.0.0.1:1", **settings})
     assert "secret" not in str(caught.value)
+
+
+def test_addresses_of_every_kind_are_taken() -> None:
+    for url in ("127.0.0.1:8001", "[::1]:8001", "a-host.example.org:1", "dns:///host:1", "unix:/tmp/socket"):
+        Client(url, "tiny").close()
+
+
+def test_requests_that_no_message_can_hold(call: Callable[..., Any]) -> None:
+    for options in ({"router": "\ud800"}, {"priority": "high"}, {"priority": 1 << 70}, {"request_id": "\ud800"}):
+        with pytest.raises(InvalidRequest, match="cannot be written"):
+            call("predict", "127.0.0.1:1", PICTURE, **options)
+
+
+def test_a_bound_beyond_a_life_is_none(scripted: tuple[str, Scripted], call: Callable[..., Any]) -> None:
+    for timeout in (1e10, 1e300, math.inf, None):
+        assert len(call("predict", scripted[0], PICTURE, settings={"timeout": timeout})) == 1
 
 
 def test_ids_trace_context_and_parameters_reach_the_server(

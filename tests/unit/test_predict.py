@@ -1,6 +1,7 @@
 """`trivium predict` and `trivium bundle` as a user runs them."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -58,6 +59,18 @@ def test_json_holds_the_predictors_answers(tiny_bundle: Path, folder: Path, some
         assert list(row["mutual_information"].values()) == answer.mutual_information.tolist()
         assert row["divergence"]["robust"]["clean"] == answer.divergence[1, 0]
         assert row["decode_ns"] > 0
+
+
+def test_json_is_json_whatever_the_paths_and_the_output_hold(
+    tiny_bundle: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    odd = os.fsdecode(os.fsencode(tmp_path) + b"/\xff \xc3\xa9.png")
+    shutil.copy(folder / "a.png", odd)
+    for encoding in ("ascii", "utf-8"):
+        monkeypatch.setenv("PYTHONIOENCODING", encoding)
+        done = trivium("predict", tiny_bundle, odd, "--json")
+        assert done.returncode == 0
+        assert json.loads(done.stdout)["path"] == odd
 
 
 def test_the_table_names_every_picture(tiny_bundle: Path, folder: Path) -> None:
