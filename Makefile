@@ -6,14 +6,14 @@ STAMP := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow lint format evaluate bench bench-peers bench-serve gpu-check test-triton sanitize soak wheel clean
+.PHONY: help venv demo test test-slow lint format evaluate bench bench-peers bench-serve gpu-check test-triton sanitize soak fuzz wheel clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 venv: $(STAMP)  ## create .venv with everything a CPU machine needs
 
-$(STAMP): pyproject.toml kernels/CMakeLists.txt $(wildcard kernels/*.cmake kernels/csrc/*)
+$(STAMP): pyproject.toml kernels/CMakeLists.txt $(wildcard kernels/*.cmake kernels/csrc/* runtime/csrc/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "trivium needs Python >= 3.10, $(PYTHON) is older")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing trivium and its packages into $(VENV) (the first time: a few GB, some minutes)"
@@ -72,6 +72,12 @@ gpu-check:  ## on a machine with a card: build, check and time the CUDA kernels 
 
 soak: venv  ## ten minutes of clients that misbehave
 	TRIVIUM_SOAK_SECONDS=600 $(BIN)/python -m pytest -s --timeout 1200 tests/integration/fire
+
+FUZZ := build/fuzz/packages
+
+fuzz: venv  ## a quarter of a million hostile inputs at every entrance (build/fuzz/targets)
+	@test -d $(FUZZ)/atheris || $(BIN)/python -m pip install --quiet --no-deps --target $(FUZZ) 'atheris>=3,<4'
+	PYTHONPATH=$(FUZZ) OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz
 
 wheel: venv  ## one wheel for every Python, in dist
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .

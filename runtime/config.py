@@ -57,6 +57,10 @@ class Settings(Strict):
     engine_cache: Annotated[
         Path | None, Field(description="directory where the TensorRT provider keeps what it compiled")
     ] = None
+    transport: Annotated[
+        Literal["auto", "http2", "grpc"],
+        Field(description="what carries gRPC: this server's own HTTP/2, or gRPC's; auto takes gRPC's for TLS"),
+    ] = "auto"
     max_batch: Annotated[Count, Field(description="most pictures in one request")] = 64
     max_queue: Annotated[Count, Field(description="most pictures waiting; beyond it RESOURCE_EXHAUSTED")] = 256
     max_message_bytes: Annotated[Bytes, Field(description="longest request message")] = 64 << 20

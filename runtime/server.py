@@ -18,6 +18,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
+from . import http2
 from .config import Settings
 from .cpus import usable_cpus
 from .errors import ConfigError
@@ -31,6 +32,7 @@ from .scheduler import Scheduler
 from .security import Guard, Tokens
 from .service import Service
 from .tls import server_credentials
+from .transport import Http2Server
 
 SERVICES = tuple(
     module.DESCRIPTOR.services_by_name[name].full_name
@@ -97,9 +99,9 @@ class Server:
             self.repository, self.lifecycle, self.scheduler, self.metrics, settings.max_batch, self._journal
         )
         self._http = HttpServer(self.metrics.exposition, lambda: self.health.ready)
-        self._grpc = grpc.aio.server(options=grpc_options(settings))
-        tokens = Tokens(settings.tokens) if settings.tokens is not None else None
         self._credentials = server_credentials(settings)
+        self._grpc = self._transport()
+        tokens = Tokens(settings.tokens) if settings.tokens is not None else None
         if tokens is not None and self._credentials is None and settings.host not in ("127.0.0.1", "::1", "localhost"):
             _log.warning("tokens without TLS: whoever can read the network can use them")
         handlers = GenericHandlers(self._grpc, Guard(tokens, self.metrics.denied))
@@ -108,6 +110,13 @@ class Server:
         reflection_pb2_grpc.add_ServerReflectionServicer_to_server(
             reflection.aio.ReflectionServicer((*SERVICES, reflection.SERVICE_NAME)), handlers
         )
+
+    def _transport(self) -> Any:
+        settings = self.settings
+        if self._credentials is None and settings.transport != "grpc":
+            limits = http2.Limits(settings.max_message_bytes, settings.max_queue_bytes, settings.max_streams)
+            return Http2Server(limits, settings.keepalive_seconds, settings.connection_age_seconds)
+        return grpc.aio.server(options=grpc_options(settings))
 
     async def load(self) -> None:
         """Open, verify, start and self-test every bundle.
@@ -124,12 +133,15 @@ class Server:
         settings = self.settings
         try:
             address = _address(settings.host, settings.grpc_port)
-            if self._credentials is None:
+            if isinstance(self._grpc, Http2Server):
+                grpc_port = self._grpc.listen(settings.host, settings.grpc_port)
+            elif self._credentials is None:
                 grpc_port = self._grpc.add_insecure_port(address)
             else:
                 grpc_port = self._grpc.add_secure_port(address, self._credentials)
-        except RuntimeError:
-            raise ConfigError(f"cannot listen on {address} for gRPC") from None
+        except (RuntimeError, OSError) as error:
+            reason = f": {error.strerror}" if isinstance(error, OSError) and error.strerror else ""
+            raise ConfigError(f"cannot listen on {address} for gRPC{reason}") from None
         try:
             http_port = await self._http.start(settings.host, settings.http_port)
         except OSError as error:
