@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -12,11 +11,13 @@ from typing import Any, Literal
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
-from trivium.runtime.bundle import Manifest, open_bundle
+from trivium.runtime.bundle import MANIFEST, Manifest, open_bundle
 from trivium.runtime.cpus import usable_cpus
 from trivium.runtime.errors import ConfigError
 from trivium.runtime.triton import BUNDLE, ENCODED, IMAGE
 from trivium.runtime.wire import OUTPUTS
+
+from .pack import staging
 
 CONFIG, REQUIREMENTS, MODEL = "config.pbtxt", "requirements.txt", "model.py"
 MODEL_PY = '''\
@@ -48,49 +49,43 @@ def write_repository(
 ) -> list[Path]:
     """Put a bundle into a model repository, which is made where there is none, as one more version of its model.
 
+    A config.pbtxt that is there already stays as it is, with whatever its owner changed in it.
+
     Args:
         device: where the model is to run; it decides how Triton batches.
         instances: processes that answer; default: the CPUs that this process may use, one on a GPU.
         max_batch: most pictures in a request, and on a GPU in a batch.
 
     Returns: the files written.
-    Raises: BundleError; ConfigError where the repository has this version already, where its other versions have
-        other inputs or outputs, or where it cannot be written. Nothing is left of a failure.
+    Raises: BundleError; ConfigError where the repository has this version already, where its other versions do not go
+        with it, or where it cannot be written; StorageError. Nothing is left of a failure.
     """
     manifest = open_bundle(bundle).manifest
     if instances is None:
         instances = usable_cpus() if device == "cpu" else 1
     text = config(manifest, device, instances, max_batch)
     model = repository / manifest.name
-    target = model / manifest.version
-    if os.path.lexists(target):
-        raise ConfigError(f"{target} exists: this version of the model is in the repository already")
-    _see_that_versions_agree(model / CONFIG, text)
-    try:
-        repository.mkdir(parents=True, exist_ok=True)
-        # beside the models: Triton takes each folder here for one, but loads none without being asked to
-        work = Path(tempfile.mkdtemp(prefix=f".{manifest.name}.", dir=repository))
-    except OSError as error:
-        raise ConfigError(f"{repository}: cannot be written ({error.strerror})") from None
-    try:
-        staged = work / manifest.name
-        folder = staged / manifest.version
-        shutil.copytree(bundle, folder / BUNDLE)
-        (folder / MODEL).write_text(MODEL_PY, encoding="utf-8")
-        (staged / CONFIG).write_text(text, encoding="utf-8")
-        (staged / REQUIREMENTS).write_text(requirements(device), encoding="utf-8")
-        written = [path.relative_to(staged) for path in sorted(staged.rglob("*")) if path.is_file()]
-        if model.is_dir():
-            os.replace(folder, target)
-            for name in (REQUIREMENTS, CONFIG):
-                os.replace(staged / name, model / name)
-        else:
-            os.replace(staged, model)
-    except OSError as error:
-        raise ConfigError(f"{repository}: cannot be written ({error.strerror})") from None
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    return [model / path for path in written]
+    if os.path.lexists(model / manifest.version):
+        raise ConfigError(f"{model}: version {manifest.version} is in the repository already")
+    if (model / CONFIG).exists():
+        _see_that_versions_agree(model / CONFIG, text)
+        with staging(model / manifest.version) as folder:
+            _fill(folder, bundle, manifest)
+        return sorted(path for path in (model / manifest.version).rglob("*") if path.is_file())
+    with staging(model) as folder:
+        _fill(folder / manifest.version, bundle, manifest)
+        (folder / CONFIG).write_text(text, encoding="utf-8")
+        (folder / REQUIREMENTS).write_text(requirements(device), encoding="utf-8")
+    return sorted(path for path in model.rglob("*") if path.is_file())
+
+
+def _fill(folder: Path, bundle: Path, manifest: Manifest) -> None:
+    """A version's folder: model.py and the bundle."""
+    for name in (MANIFEST, *(file.path for file in manifest.files)):
+        target = folder / BUNDLE / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(bundle / name, target)
+    (folder / MODEL).write_text(MODEL_PY, encoding="utf-8")
 
 
 def requirements(device: Literal["cpu", "cuda"] = "cpu") -> str:
@@ -152,17 +147,15 @@ def config(manifest: Manifest, device: Literal["cpu", "cuda"], instances: int, m
 
 def _see_that_versions_agree(path: Path, text: str) -> None:
     """All versions of a model share one config.pbtxt."""
-    if not path.exists():
-        return
     try:
         old = text_format.Parse(path.read_text(encoding="utf-8"), pb.ModelConfig())
     except (OSError, UnicodeDecodeError, text_format.ParseError) as error:
         raise ConfigError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from None
     new = text_format.Parse(text, pb.ModelConfig())
-    for field in ("input", "output", "max_batch_size"):
-        if getattr(old, field) != getattr(new, field):
-            raise ConfigError(
-                f"{path}: the model's other versions have another {field}; use another name or repository"
-            )
-    if old.parameters["heads"] != new.parameters["heads"]:
-        raise ConfigError(f"{path}: the other versions have other heads; use another name or repository")
+    differing = [field for field in ("input", "output", "max_batch_size") if getattr(old, field) != getattr(new, field)]
+    differing += [name for name in sorted(new.parameters) if old.parameters[name] != new.parameters[name]]
+    if differing:
+        raise ConfigError(
+            f"{path}: the model's versions share it, and this one needs another {', '.join(differing)}; "
+            "use another name or repository"
+        )
