@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,52 +20,48 @@ from trivium.train.calibrate import calibrate
 
 from . import pack, parity
 from .onnx import add_heads, export_backbone
+from .plan import Plan
+from .result import Result
 from .source import Source
 
 PARITY_PICTURES = 32
 
 
-def build(
-    source: Source,
-    target: Path,
-    *,
-    name: str | None = None,
-    version: str = "1",
-    router: str | None = None,
-    calibration_pictures: int = 5000,
-    force: bool = False,
-    console: Console,
-) -> Bundle:
-    """Compile a source into the bundle `target`, and say on the console what is done and measured.
+def build(source: Source, plan: Plan, console: Console) -> Result:
+    """Compile a source as planned, and say on the console what is done and measured.
 
-    Args:
-        name: of the model; None: the source's.
-        router: None leaves the choice to the calibration (where there is none: combined, or else the first head).
-        calibration_pictures: used at most.
-
-    Raises: TriviumError; target is then as it was before.
+    Raises: TriviumError; what the plan would write is then as it was before.
     """
+    begin = announcer(plan.steps(source), console)
     heads = list(source.classifier.head_names)
-    with pack.staging(target, force) as root:
-        passes = f"{source.dropout.passes} passes of dropout {source.dropout.rate:g}"
-        console.print(
-            f"compiling {name or source.name}: {len(source.classes)} classes, heads {', '.join(heads)}, {passes}"
-        )
+    with pack.staging(plan.bundle, plan.force) as root:
+        begin("backbone")
         backbone = export_backbone(source.classifier, source.preprocessing)
-        settings, calibration = calibrated(source, router, calibration_pictures, console)
-        manifest = manifest_of(source, name or source.name, version, settings, calibration)
+        if source.pictures is not None:
+            begin("calibrate")
+        settings, calibration = calibrated(source, plan.router, plan.calibration_pictures, console)
+        begin("heads")
+        manifest = manifest_of(source, plan.name or source.name, plan.version, settings, calibration)
         temperature = calibration.temperature if calibration else dict.fromkeys(heads, 1.0)
         scales = [temperature[head] for head in heads]
         model = add_heads(backbone, source.classifier, source.dropout, scales)
         draft = pack.write(root, model, manifest)
 
+        begin("parity")
         images, kind = parity_pictures(source)
         rows = parity.measure(model, draft, source.classifier, images, scales, source.unrounded)
         console.print(parity.table(rows, f"{len(images)} {kind} pictures"))
         parity.check(rows)
+        begin("seal")
         sealed = seal(root, manifest.model_copy(update={"tolerances": parity.tolerances(rows)}))
         Engine(sealed).self_test()
-    return Bundle(target, sealed.manifest)
+    return Result(Bundle(plan.bundle, sealed.manifest), rows)
+
+
+def announcer(steps: dict[str, str], console: Console) -> Callable[[str], None]:
+    """Says of each planned step that it begins."""
+    place = {key: number for number, key in enumerate(steps, 1)}
+    return lambda key: console.print(f"[bold]{place[key]}/{len(steps)}[/] {escape(steps[key])}")
 
 
 def calibrated(

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -13,45 +16,67 @@ from trivium.runtime.bundle import Dropout
 from trivium.runtime.errors import ConfigError
 
 from .build import build
-from .pack import refuse_existing
+from .plan import Plan
 from .source import Source, checkpoint_source, timm_source
 
 TIMM_PASSES, TIMM_DROPOUT, TIMM_SEED = 32, 0.2, 0
 """For a model that was wrapped as it is: the rate with which most timm classifiers of this kind were trained."""
+EXIT_CODES = """exit status:
+  0    everything was written (with --dry-run: everything could be)
+  1    this machine failed: the disk is full, an engine does not run
+  2    a mistake in the command line, the source, the labels or the place to write to
+  3    refused by what was measured: an implementation differs by more than its limit
+  130  interrupted (143: by SIGTERM)
+Whatever the status, each place that was to be written holds what it held before, or what was asked for, whole."""
 
 
 def main() -> None:
     """Compile what the command line names."""
+    # So that the temporary directory of an export that is told to end goes with it.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     parser = arguments()
     given = parser.parse_args()
     expected = 1 if given.timm else 2
     if len(given.paths) != expected:
-        parser.error(f"{'--timm NAME' if given.timm else 'a checkpoint'} and one BUNDLE are needed")
-    target = Path(given.paths[-1])
-    refuse_existing(target, given.force)
-    console = Console(highlight=False, soft_wrap=True)
-    bundle = build(
-        source_of(given, console),
-        target,
+        parser.error(f"{'--timm NAME' if given.timm else 'a SOURCE'} and one BUNDLE are needed")
+    console = Console(highlight=False, soft_wrap=True, stderr=given.json)
+    plan = plan_of(given)
+    plan.check_places()
+    source = source_of(given, console)
+    console.print(plan.table(source))
+    if given.dry_run:
+        document = {"status": "planned", "plan": plan.document(source)}
+    else:
+        result = build(source, plan, console)
+        manifest = result.bundle.manifest
+        size = f"{sum(file.size for file in manifest.files) / 1e6:.1f} MB"
+        console.print(result.table())
+        console.print(
+            f"wrote {plan.bundle}: {manifest.name} version {manifest.version}, {size}, router {manifest.router.default}"
+        )
+        document = {"status": "written", "plan": plan.document(source), **result.document()}
+    if given.json:
+        print(json.dumps(document, indent=2, ensure_ascii=False))
+
+
+def plan_of(given: argparse.Namespace) -> Plan:
+    """What the arguments ask to be made."""
+    return Plan(
+        Path(given.paths[-1]),
         name=given.name,
         version=given.version,
         router=None if given.router == "auto" else given.router,
         calibration_pictures=given.calibration_pictures,
         force=given.force,
-        console=console,
-    )
-    manifest = bundle.manifest
-    size = f"{sum(file.size for file in manifest.files) / 1e6:.1f} MB"
-    console.print(
-        f"wrote {target}: {manifest.name} version {manifest.version}, {size}, router {manifest.router.default}"
     )
 
 
 def source_of(given: argparse.Namespace, console: Console) -> Source:
     """What the arguments ask to export."""
-    if not given.timm:
+    model = given.timm or timm_name(given.paths[0])
+    if not model:
         if given.weights or given.labels or given.mean or given.std:
-            raise ConfigError("--weights, --labels, --mean and --std go with --timm; a checkpoint holds its own")
+            raise ConfigError("--weights, --labels, --mean and --std go with timm models; a checkpoint holds its own")
         changes = {"passes": given.passes, "rate": given.dropout}
         return checkpoint_source(
             Path(given.paths[0]),
@@ -64,7 +89,7 @@ def source_of(given: argparse.Namespace, console: Console) -> Source:
         raise ConfigError(f"--router {given.router}: a timm model has one head, original")
     rate = TIMM_DROPOUT if given.dropout is None else given.dropout
     return timm_source(
-        given.timm,
+        model,
         weights=given.weights,
         labels=given.labels,
         dropout=Dropout(rate=rate, passes=given.passes or TIMM_PASSES, seed=TIMM_SEED),
@@ -72,6 +97,11 @@ def source_of(given: argparse.Namespace, console: Console) -> Source:
         say=console.print,
         bfloat16=given.head_weights == "bfloat16",
     )
+
+
+def timm_name(source: str) -> str | None:
+    """SOURCE where it can only be the name of a timm model: no path, and nothing of that name is here."""
+    return None if os.sep in source or Path(source).exists() else source
 
 
 def per_channel(text: str) -> tuple[float, ...]:
@@ -111,14 +141,23 @@ def rate(text: str) -> float:
     return value
 
 
+class Help(argparse.HelpFormatter):
+    """Leaves the lines of the epilog as they are."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if text == EXIT_CODES else super()._fill_text(text, width, indent)
+
+
 def arguments() -> argparse.ArgumentParser:
     """The command line."""
     prog = sys.argv[0]
     parser = argparse.ArgumentParser(
         prog=prog,
-        usage=f"{prog} CHECKPOINT BUNDLE [options]\n       {prog} --timm NAME [--weights FILE] [--labels FILE] BUNDLE",
-        description="Compile a trained student, or any timm classifier as it is (one head named original, "
-        "uncertainty without training), into a bundle.",
+        usage=f"{prog} SOURCE BUNDLE [options]\n       {prog} --timm NAME [--weights FILE] [--labels FILE] BUNDLE",
+        description="Compile SOURCE into a bundle: the checkpoint directory of a trained student, or the name of any "
+        "timm classifier as it is (one head named original, uncertainty without training).",
+        epilog=EXIT_CODES,
+        formatter_class=Help,
     )
     parser.add_argument("paths", nargs="+", help=argparse.SUPPRESS)
     parser.add_argument("--name", help="of the model in requests (default: the recipe's, or the timm model's)")
@@ -137,6 +176,8 @@ def arguments() -> argparse.ArgumentParser:
         "what it changes (default bfloat16)",
     )
     parser.add_argument("--force", action="store_true", help="replace a bundle that exists")
+    parser.add_argument("--dry-run", action="store_true", help="load the source, print the plan, write nothing")
+    parser.add_argument("--json", action="store_true", help="what was made, for machines; all other words go to stderr")
     group = parser.add_argument_group("from a checkpoint")
     group.add_argument(
         "--calibration-pictures", type=positive, default=5000, metavar="N", help="at most (default 5000)"
@@ -148,7 +189,9 @@ def arguments() -> argparse.ArgumentParser:
         "--no-calibrate", dest="calibrate", action="store_false", help="temperatures 1, no fitted router"
     )
     group = parser.add_argument_group("from timm")
-    group.add_argument("--timm", metavar="NAME", help="a timm model, say tf_efficientnet_lite0")
+    group.add_argument(
+        "--timm", metavar="NAME", help="the model, say tf_efficientnet_lite0, whatever else is called so here"
+    )
     group.add_argument(
         "--weights", type=Path, metavar="FILE", help="safetensors or a state dict (default: the hub's cache)"
     )

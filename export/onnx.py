@@ -87,19 +87,6 @@ def export_backbone(classifier: Heads, preprocessing: Preprocessing) -> onnx.Mod
     return model
 
 
-def export_onnx(
-    classifier: Heads, preprocessing: Preprocessing, dropout: Dropout, temperature: ArrayLike
-) -> onnx.ModelProto:
-    """The whole model of a bundle: `image` uint8 [N, H, W, 3] -> the five outputs of MCHeads.
-
-    Args:
-        temperature: [K], positive.
-
-    Raises: ExportError.
-    """
-    return add_heads(export_backbone(classifier, preprocessing), classifier, dropout, temperature)
-
-
 def add_heads(
     backbone: onnx.ModelProto, classifier: Heads, dropout: Dropout, temperature: ArrayLike
 ) -> onnx.ModelProto:

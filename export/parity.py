@@ -39,6 +39,8 @@ ROUNDING_LIMITS: Limits = {name: 2e-2 if name == "probabilities" else 1e-1 for n
 class ParityError(ServerError):
     """Two implementations of one model disagree by more than their limit; no bundle is written."""
 
+    exit_code = 3
+
 
 class Difference(NamedTuple):
     """The largest |a - b| / max(1, |b|) over the pictures, for one output of two implementations."""
@@ -52,6 +54,9 @@ class Difference(NamedTuple):
     def within(self) -> bool:
         """Written so that a NaN is not."""
         return self.value <= self.limit
+
+    def __str__(self) -> str:
+        return f"{self.implementations}: {self.output} {self.value:.1e} of {self.limit:g}"
 
 
 def measure(
@@ -120,14 +125,16 @@ def differences(
     ]
 
 
+def worst(rows: Sequence[Difference]) -> Difference:
+    """The row that comes nearest to its limit, or is farthest beyond it."""
+    return max(rows, key=lambda row: row.value / row.limit if np.isfinite(row.value) else np.inf)
+
+
 def check(rows: Sequence[Difference]) -> None:
     """Raise ParityError, naming the worst row, where one is beyond its limit."""
-    beyond = [row for row in rows if not row.within]
-    if beyond:
-        worst = max(beyond, key=lambda row: row.value / row.limit if np.isfinite(row.value) else np.inf)
-        raise ParityError(
-            f"{worst.implementations}: {worst.output} differs by {worst.value:.2g}, more than {worst.limit:g}"
-        )
+    row = worst(rows)
+    if not row.within:
+        raise ParityError(f"{row.implementations}: {row.output} differs by {row.value:.2g}, more than {row.limit:g}")
 
 
 def tolerances(rows: Sequence[Difference]) -> dict[str, float]:

@@ -145,6 +145,14 @@ class Plan(Strict):
     max_batch: Annotated[int, Field(ge=1, le=4096)]
 
 
+class FoldedRouter(Strict):
+    """The default router inside the graph: its outputs `routed_probabilities`, `class_id` and `head`."""
+
+    router: str
+    heads: Annotated[list[str], Field(min_length=1, max_length=17)]
+    """What each value of the output `head` stands for: the heads, and last the mixture where the rule mixes them."""
+
+
 class File(Strict):
     """One file of the bundle."""
 
@@ -171,6 +179,8 @@ class Manifest(Strict):
     """An .npz with `image` (the graph's input) and the graph's outputs, which a server repeats before it is ready."""
     plans: Annotated[list[Plan], Field(max_length=64)] = []
     """Engines compiled beforehand; a server runs one only where it is told to."""
+    folded_router: FoldedRouter | None = None
+    """For servers that run the graph without this package, which never asks for those outputs."""
     tolerances: dict[str, Finite] = {}
     """Largest difference measured at export between implementations, by name."""
     calibration: Calibration | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,43 +15,14 @@ from onnx import numpy_helper
 from safetensors.torch import save_file
 
 from trivium.export.pack import golden_pictures
-from trivium.runtime.bundle import Dropout, Preprocessing, digest, open_bundle
+from trivium.runtime.bundle import digest, open_bundle
 from trivium.runtime.cli import main
 from trivium.runtime.engine import Engine
-from trivium.train.backbone import create, split
-from trivium.train.checkpoint import Architecture, CheckpointMeta, Cost, load_student, save_checkpoint
-from trivium.train.data import DataSpec, load_pictures
+from trivium.train.checkpoint import load_student
 from trivium.train.mc import predict
-from trivium.train.student import Student
 
 HEADS = ("clean", "robust", "combined")
 Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A student with untrained but differing heads, and scikit-learn's digits to calibrate it on."""
-    torch.manual_seed(0)
-    settings = Preprocessing(height=28, width=28, resize=28, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
-    pictures = load_pictures(DataSpec(kind="digits", calibration=0.2, limit=60), "calibration", settings)
-    name = "trivium_resnet10_tiny"
-    student = Student(split(create(name, 10), 28, 28), HEADS, 1, "copied", 0.5)
-    for parameter in student.heads.parameters():
-        parameter.data += 0.1 * torch.randn_like(parameter)
-    meta = CheckpointMeta(
-        name="digits",
-        classes=pictures.classes,
-        heads=list(HEADS),
-        preprocessing=settings,
-        dropout=Dropout(rate=0.5, passes=8, seed=3),
-        architecture=Architecture(model=name, depth=1, tail="copied"),
-        data=pictures.describe(),
-        recipe={"data": {"kind": "digits"}, "original": {"weights": "/home/someone/weights.pth"}},
-        costs={"student": Cost(cpu_seconds=1.5)},
-        packages={"torch": torch.__version__},
-        weights_sha256="",
-    )
-    return save_checkpoint(tmp_path_factory.mktemp("checkpoints") / "student", student, meta)
 
 
 @pytest.fixture
@@ -150,6 +122,27 @@ def test_passes_router_and_calibration_can_be_set(run: Run, checkpoint: Path, tm
     assert open_bundle(tmp_path / "b").manifest.router.default == "combined"
 
 
+def test_the_plan_comes_first_and_a_dry_run_writes_nothing(run: Run, checkpoint: Path, tmp_path: Path) -> None:
+    words = (checkpoint, tmp_path / "new" / "b", "--passes", 6)
+    status, out, err = run(*words, "--dry-run", "--json")
+    assert status == 0
+    document = json.loads(out)
+    assert (document["status"], document["plan"]["passes"]) == ("planned", 6)
+    assert "calibrate temperatures and router on 60 pictures" in document["plan"]["steps"]
+    for number, step in enumerate(document["plan"]["steps"], 1):
+        assert f"{number}. {step}" in err
+    assert list(tmp_path.iterdir()) == []
+
+    status, out, err = run(*words, "--no-calibrate", "--json")
+    assert status == 0
+    document = json.loads(out)
+    for number, step in enumerate(document["plan"]["steps"], 1):
+        assert f"{number}/{len(document['plan']['steps'])} {step}" in err
+    assert {Path(file["path"]).name for file in document["artefacts"]} == {"manifest.json", "model.onnx", "golden.npz"}
+    assert all(digest(Path(file["path"])) == file["sha256"] for file in document["artefacts"])
+    assert all(row["value"] <= row["limit"] for row in document["parity"])
+
+
 def test_a_timm_model_becomes_a_bundle_with_one_head(run: Run, tmp_path: Path) -> None:
     weights, labels = tmp_path / "weights.safetensors", tmp_path / "labels.txt"
     torch.manual_seed(1)
@@ -177,12 +170,14 @@ def test_a_timm_model_becomes_a_bundle_with_one_head(run: Run, tmp_path: Path) -
     ("words", "reason"),
     [
         (("--timm", "tf_eficientnet_lite0", "B"), "nearest: tf_efficientnet_lite0"),
+        (("tf_eficientnet_lite0", "B"), "nearest: tf_efficientnet_lite0"),
+        (("OTHER", "B"), "schema version 2, this release reads 1"),
         (("--timm", "test_vit", "--weights", "absent.pth", "B"), "no such weights file"),
         (("--timm", "test_vit", "--weights", "labels.txt", "B"), "labels.txt"),
         (("--timm", "test_vit", "--weights", "resnet.safetensors", "B"), "not weights of this model"),
         (("--timm", "test_resnet", "--weights", "resnet.safetensors", "--labels", "labels.txt", "B"), "2 names, but"),
         (("--timm", "test_vit", "--router", "paper", "B"), "has one head, original"),
-        (("absent", "B"), "absent"),
+        (("./absent", "B"), "absent: no checkpoint.json in it"),
         (("CHECKPOINT", "B", "--labels", "labels.txt"), "go with --timm"),
         (("CHECKPOINT", "B", "--no-calibrate", "--router", "paper"), "router.default 'paper' is none of"),
         (("CHECKPOINT", "B", "--router", "sideways"), "no router 'sideways'"),
@@ -198,8 +193,12 @@ def test_mistakes_are_one_line_and_leave_nothing(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "labels.txt").write_text("shirt\ncoat\n")
     save_file(timm.create_model("test_resnet").state_dict(), tmp_path / "resnet.safetensors")
+    (tmp_path / "other").mkdir()
+    meta = json.loads((checkpoint / "checkpoint.json").read_text())
+    (tmp_path / "other" / "checkpoint.json").write_text(json.dumps(meta | {"schema_version": 2}))
+    place = {"CHECKPOINT": str(checkpoint), "OTHER": "other"}
     before = sorted(path.name for path in tmp_path.iterdir())
-    status, _, err = run(*(str(checkpoint) if word == "CHECKPOINT" else word for word in words))
+    status, _, err = run(*(place.get(word, word) for word in words))
     assert status != 0
     assert reason in err
     assert err.count("\n") == 1
@@ -222,4 +221,4 @@ def test_mistakes_are_one_line_and_leave_nothing(
 def test_wrong_usage_shows_the_usage(run: Run, words: str) -> None:
     status, _, err = run(*words.split())
     assert status == 2
-    assert "usage: trivium export CHECKPOINT BUNDLE" in err
+    assert "usage: trivium export SOURCE BUNDLE" in err

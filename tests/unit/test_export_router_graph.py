@@ -1,0 +1,198 @@
+"""The folded router chooses as the NumPy router does: on random statistics, on ties, and where they are not numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import TensorProto, helper
+from onnx.reference import ReferenceEvaluator
+
+from trivium.export.graph import OUTPUT_AXES, OUTPUTS
+from trivium.export.router_graph import ROUTED, fold_router, folded, score_threshold
+from trivium.kernels import HeadStatistics
+from trivium.runtime.bundle import Manifest
+from trivium.runtime.router import route, shift_probability
+
+HEADS, CLASSES = ("clean", "robust", "combined"), 5
+RULES = ("clean", "robust", "combined", "mean", "min_entropy", "paper", "blend")
+FLAT = {"divergence": 0.0, "mutual_information": 0.0, "energy": 1.0}
+"""Weights of a blend rule that takes no logarithm into account, so that a tie is a tie in any runtime."""
+
+
+def manifest_of(router: str, **blend: Any) -> Manifest:
+    rule = {
+        "weights": {"divergence": 1.0, "mutual_information": 0.5, "energy": 0.25},
+        "center": {"divergence": -1.0, "mutual_information": 0.2, "energy": -10.5},
+        "scale": {"divergence": 0.4, "mutual_information": 0.2, "energy": 1.5},
+        "intercept": 0.1,
+        "threshold": 0.5,
+    }
+    return Manifest.model_validate(
+        {
+            "name": "m",
+            "classes": [f"class {i}" for i in range(CLASSES)],
+            "heads": list(HEADS),
+            "preprocessing": {"height": 8, "width": 8, "mean": (0, 0, 0), "std": (1, 1, 1)},
+            "dropout": {"rate": 0.5, "passes": 4, "seed": 0},
+            "router": {
+                "default": router,
+                "paper": {"divergence_threshold": 0.4, "entropy_scale": {"clean": 0.5, "robust": 0.75}},
+                "blend": rule | blend,
+            },
+            "files": [{"path": "model.onnx", "size": 0, "sha256": "0" * 64}],
+        }
+    )
+
+
+def graph_of(manifest: Manifest, arithmetic: Any = "float64") -> onnx.ModelProto:
+    """The folded router alone, on statistics that are given to it."""
+    sizes = {"K": len(manifest.heads), "C": CLASSES}
+    values = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", *(sizes[axis] for axis in OUTPUT_AXES[name])])
+        for name in OUTPUTS
+    ]
+    given = [helper.make_tensor_value_info(f"given.{v.name}", TensorProto.FLOAT, None) for v in values]
+    for value, like in zip(given, values, strict=True):
+        value.type.CopyFrom(like.type)
+    nodes = [helper.make_node("Identity", [g.name], [v.name]) for g, v in zip(given, values, strict=True)]
+    graph = helper.make_graph(nodes, "statistics", given, values)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    return fold_router(model, manifest, arithmetic)
+
+
+def both(model: onnx.ModelProto) -> list[Callable[[HeadStatistics], list[Any]]]:
+    """The graph in ONNX Runtime and in the reference evaluator."""
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    reference = ReferenceEvaluator(model)
+
+    def feed(statistics: HeadStatistics) -> dict[str, Any]:
+        return {f"given.{name}": value for name, value in statistics._asdict().items()}
+
+    return [lambda s: session.run(list(ROUTED), feed(s)), lambda s: reference.run(list(ROUTED), feed(s))]
+
+
+def check(manifest: Manifest, runners: list[Callable[[HeadStatistics], list[Any]]], statistics: HeadStatistics) -> None:
+    expected = route(statistics, manifest)
+    names = folded(manifest).heads
+    for run in runners:
+        probabilities, class_id, head = run(statistics)
+        assert (probabilities.dtype, class_id.dtype, head.dtype) == (np.float32, np.int64, np.int64)
+        assert [names[i] for i in head] == expected.head
+        np.testing.assert_array_equal(class_id, expected.class_id)
+        np.testing.assert_array_equal(probabilities, expected.probabilities)
+
+
+GRAPHS = {router: (manifest_of(router), both(graph_of(manifest_of(router)))) for router in RULES}
+# A threshold that a probability can meet exactly: sigmoid(0).
+PLAIN = {"weights": FLAT, "center": dict.fromkeys(FLAT, 0.0), "scale": dict.fromkeys(FLAT, 1.0), "intercept": 0.0}
+TIED = manifest_of("blend", **PLAIN)
+GRAPHS["blend, tied"] = (TIED, both(graph_of(TIED)))
+
+
+def random_statistics(seed: int, rows: int) -> HeadStatistics:
+    rng = np.random.default_rng(seed)
+    p = rng.dirichlet(np.full(CLASSES, rng.uniform(0.1, 2)), (rows, len(HEADS)))
+    log_p = np.log(np.maximum(p, 1e-30))
+    entropy = -(p * log_p).sum(-1)
+    divergence = (p[:, :, None] * (log_p[:, :, None] - log_p[:, None])).sum(-1).clip(0)
+    information = entropy * rng.uniform(0, 0.5, entropy.shape)
+    columns = (p, entropy, information, divergence, rng.normal(-10, 3, entropy.shape))
+    return HeadStatistics(*(column.astype(np.float32) for column in columns))
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(seed=st.integers(0, 2**32), rows=st.integers(1, 9))
+def test_random_statistics(name: str, seed: int, rows: int) -> None:
+    check(*GRAPHS[name], random_statistics(seed, rows))
+
+
+coarse = st.sampled_from([0.0, 0.25, 0.4, 0.5, 0.75])
+"""Few values, so that classes, entropies, ratios and thresholds meet exactly."""
+
+
+@st.composite
+def tied_statistics(draw: st.DrawFn) -> HeadStatistics:
+    rows, heads = draw(st.integers(1, 4)), len(HEADS)
+
+    def array(*shape: int, values: st.SearchStrategy[float] = coarse) -> np.ndarray:
+        size = int(np.prod(shape))
+        return np.array(draw(st.lists(values, min_size=size, max_size=size)), np.float32).reshape(shape)
+
+    energy = array(rows, heads, values=st.sampled_from([-1e-6, -0.0, 0.0, 1e-45, 1.0]))
+    return HeadStatistics(
+        array(rows, heads, CLASSES), array(rows, heads), array(rows, heads), array(rows, heads, heads), energy
+    )
+
+
+@pytest.mark.parametrize("name", [name for name in GRAPHS if name != "blend"])
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(statistics=tied_statistics())
+def test_ties(name: str, statistics: HeadStatistics) -> None:
+    check(*GRAPHS[name], statistics)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(seed=st.integers(0, 2**32))
+def test_the_blend_rule_on_either_side_of_its_threshold(seed: int) -> None:
+    """As near as the logarithm's last bits allow: a relative 1e-13 beside the picture's own probability."""
+    statistics = random_statistics(seed, 1)
+    probe = manifest_of("blend")
+    probability = float(shift_probability(statistics, probe)[0])
+    for threshold in (probability * (1 - 1e-13), probability * (1 + 1e-13)):
+        if 0 < threshold < 1 - 1e-9:
+            manifest = manifest_of("blend", threshold=threshold)
+            check(manifest, both(graph_of(manifest)), statistics)
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_what_is_not_a_number_is_no_class(name: str) -> None:
+    whole = random_statistics(3, 4)
+    manifest, runners = GRAPHS[name]
+    broken = HeadStatistics(*(value.copy() for value in whole))
+    for value in broken:
+        value[1] = np.nan
+    check(manifest, runners, broken)
+    assert route(broken, manifest).class_id[1] == -1
+    # one head alone, as no graph of ours makes it
+    partial = HeadStatistics(*(value.copy() for value in whole))
+    partial.probabilities[2, 1, 3] = partial.predictive_entropy[2, 1] = np.nan
+    check(manifest, runners, partial)
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.1, 0.5, 0.987654321, 1.0])
+def test_the_threshold_of_the_score_is_the_routers(threshold: float) -> None:
+    manifest = manifest_of("blend", **PLAIN | {"threshold": threshold})
+    bound = score_threshold(manifest)
+    if threshold == 1.0:
+        assert bound == np.inf
+        return
+
+    def shifted(score: float) -> bool:
+        probe = manifest_of("blend", weights={}, center={}, scale={}, intercept=score, threshold=threshold)
+        return bool(shift_probability(random_statistics(0, 1), probe)[0] > threshold)
+
+    assert not shifted(bound)
+    assert shifted(np.nextafter(bound, np.inf))
+
+
+def test_float32_arithmetic_chooses_the_same_away_from_thresholds_and_needs_no_doubles() -> None:
+    statistics = random_statistics(5, 200)
+    for router in RULES:
+        manifest = manifest_of(router)
+        model = graph_of(manifest, "float32")
+        types = {i.data_type for i in model.graph.initializer}
+        assert TensorProto.DOUBLE not in types
+        assert not any(a.i == TensorProto.DOUBLE for n in model.graph.node for a in n.attribute if a.name == "to")
+        probabilities, class_id, head = both(model)[0](statistics)
+        expected = route(statistics, manifest)
+        assert [folded(manifest).heads[i] for i in head] == expected.head
+        np.testing.assert_array_equal(class_id, expected.class_id)
+        np.testing.assert_allclose(probabilities, expected.probabilities, atol=1e-6)
