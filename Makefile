@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow lint format evaluate bench bench-peers bench-serve gpu-check test-triton sanitize soak fuzz wheel clean
+.PHONY: help venv demo test test-slow lint format evaluate bench bench-peers bench-serve bench-serve-peers gpu-check test-triton sanitize soak fuzz wheel clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -58,7 +58,10 @@ bench-peers: venv  ## the same with torch-uncertainty and baal, in an environmen
 	$(BIN)/python -m tests.bench --peers
 
 bench-serve: venv  ## the server beside its engine (build/bench/serve.json)
-	$(BIN)/python -m tests.bench.serve
+	$(BIN)/python -m tests.bench.serve --open 0.5 0.8 --jpeg
+
+bench-serve-peers: venv  ## the same graph by six other servers, each in an environment of its own
+	$(BIN)/python -m tests.bench.serve --peers
 
 sanitize:  ## the CPU kernels under the address and undefined-behaviour sanitizers
 	sh tests/kernels/sanitize.sh

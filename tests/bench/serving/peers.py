@@ -91,7 +91,9 @@ def _triton_command(
 ) -> Callable[[int], list[str]]:
     model = folder / picture.model
     (model / "1").mkdir(parents=True, exist_ok=True)
-    (model / "1/model.py").write_bytes((APPS / "triton_model.py").read_bytes())
+    # its stub sets PYTHONPATH anew
+    for source, target in (("triton_model.py", "model.py"), ("heads.py", "heads.py")):
+        (model / "1" / target).write_bytes((APPS / source).read_bytes())
     outputs = [
         f'output {{ name: "{name}" data_type: TYPE_FP32 dims: {list(values.shape)} }}'
         for name, values in expected.items()

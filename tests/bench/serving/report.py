@@ -73,8 +73,17 @@ COLUMNS = {
     "ready_s": "ready s",
     "idle_cpu_percent": "idle CPU %",
     "client_cpu_ms": "client CPU ms",
+    "failed": "failed",
 }
-DECIMALS = {"ratio_to_limit": 2, "efficiency": 2, "cpu_ms_per_request": 2, "client_cpu_ms": 3, "rps": 0, "rss_mb": 0}
+DECIMALS = {
+    "failed": 3,
+    "ratio_to_limit": 2,
+    "efficiency": 2,
+    "cpu_ms_per_request": 2,
+    "client_cpu_ms": 3,
+    "rps": 0,
+    "rss_mb": 0,
+}
 
 
 def table(rows: Iterable[Row]) -> str:
@@ -91,8 +100,39 @@ def table(rows: Iterable[Row]) -> str:
 
 
 def markdown(rows: Iterable[Row]) -> str:
-    lines = [list(COLUMNS.values()), ["---"] * len(COLUMNS), *map(_cells, rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    """A table for each model, for a reader who wants to choose a server."""
+    tables: dict[str, list[str]] = {}
+    for one in rows:
+        clients = f"{one.concurrency}" if one.load == "closed" else f"{one.load} loop"
+        found = one.median
+        cells = [one.server, clients, f"{found.rps:.0f}", f"{found.ratio_to_limit:.2f}", f"{found.efficiency:.2f}"]
+        cells += [f"{found.cpu_ms_per_request:.2f}", f"{found.p50_ms:.1f} / {found.p99_ms:.1f}"]
+        cells += [f"{found.rss_mb:.0f}", f"{one.ready_s:.1f}"]
+        tables.setdefault(one.model, []).append(f"| {' | '.join(cells)} |")
+    head = "| clients | requests/s | of the limit | efficiency | CPU ms | p50 / p99 ms | RSS MB | ready s |"
+    return "\n\n".join("\n".join([f"| {name} {head}", "|---" * 9 + "|", *lines]) for name, lines in tables.items())
+
+
+def summary(rows: Iterable[Row], ours: str = "trivium") -> str:
+    """Our figures beside the best of the others' in the same run, beside the engine, and beside ourselves."""
+    closed = [one for one in rows if one.load == "closed"]
+    lines = []
+    for mine in (one for one in closed if one.server == ours):
+        found, where = mine.median, f"{mine.model}, {mine.concurrency} clients:"
+        lines.append(f"{where} p50 is {found.p50_ms / found.engine_ms:.2f} times the engine's call")
+        same = [one for one in closed if (one.model, one.concurrency) == (mine.model, mine.concurrency)]
+        if others := [one for one in same if not one.server.startswith(ours)]:
+            fast = max(others, key=lambda one: one.median.rps)
+            lean = max(others, key=lambda one: one.median.efficiency)
+            lines.append(
+                f"{where} {found.rps / fast.median.rps:.3f} times the throughput of the fastest other, {fast.server}; "
+                f"{lean.median.cpu_ms_per_request / found.cpu_ms_per_request:.3f} times the work per CPU second of the "
+                f"leanest, {lean.server}"
+            )
+        at_four = [one for one in closed if (one.server, one.model, one.concurrency) == (ours, mine.model, 4)]
+        if mine.concurrency == 16 and at_four:
+            lines.append(f"{where} {found.rps / at_four[0].median.rps:.3f} times the throughput at 4")
+    return "\n".join(lines)
 
 
 def write(rows: Iterable[Row], path: Path) -> None:

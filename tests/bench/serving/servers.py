@@ -93,6 +93,7 @@ class Running:
     def stop(self) -> None:
         self.resume()
         tree = self._tree()
+        # does nothing to a process that ended and was waited for
         self._process.send_signal(signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(STOP_SECONDS)
@@ -108,7 +109,10 @@ class Running:
                 process.send_signal(number)
 
     def _tree(self) -> list[psutil.Process]:
-        return [self._root, *self._root.children(recursive=True)]
+        try:
+            return [self._root, *self._root.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            return []
 
     @property
     def ended(self) -> bool:
