@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .config import Settings
-from .errors import ConfigError, EngineError, ManifestError, TriviumError, UnknownModel
+from .errors import ConfigError, DigestMismatch, EngineError, ManifestError, TriviumError, UnknownModel
 from .health import NOT_SERVING, SERVING, Health
 from .logs import about
 from .metrics import Loads
@@ -236,6 +236,7 @@ class Lifecycle:
         """
         # a link is followed once, so that it may be set to another bundle meanwhile
         path = source.path.resolve()
+        before = look(path)
         predictor = Predictor.load(
             path,
             kernels=self._settings.kernels,
@@ -244,6 +245,9 @@ class Lifecycle:
             engine=self._settings.engine,
             cache=self._settings.engine_cache,
         )
+        if look(path) != before:
+            # what runs may not be what was verified
+            raise DigestMismatch("the bundle changed while it was loaded; put bundles there by renaming them")
         manifest = predictor.manifest
         if source.name and manifest.name != source.name:
             raise ManifestError(f"the manifest names the model {manifest.name!r}, expected {source.name!r}")

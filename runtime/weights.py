@@ -5,9 +5,9 @@ ONNX Runtime before 1.24 follows such a name out of the model's directory, so it
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 MESSAGES: dict[str, dict[int, str]] = {
     "ModelProto": {7: "GraphProto", 20: "TrainingInfoProto", 25: "FunctionProto"},
@@ -27,7 +27,7 @@ MESSAGES: dict[str, dict[int, str]] = {
     "TensorProto": {13: "StringStringEntryProto"},
 }
 """Message -> number of each field that leads to a tensor's external_data -> message in it (onnx.proto3)."""
-Data = mmap.mmap | bytes
+BLOCK = 1 << 20
 
 
 def external_files(path: Path) -> set[str]:
@@ -35,14 +35,26 @@ def external_files(path: Path) -> set[str]:
 
     Raises: ValueError where the file is no protobuf message; OSError.
     """
-    if path.stat().st_size == 0:
-        return set()
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        # A tensor outside has an entry of this very key: most files need no walk.
-        return set(_locations(data)) if data.find(b"location") >= 0 else set()
+    # read, not mapped: a disk that fails, or a file that shrinks, beneath a map ends the process
+    with path.open("rb") as file:
+        # a tensor outside has an entry of this very key: most files need no walk
+        if not _holds(file, b"location"):
+            return set()
+        file.seek(0)
+        return set(_locations(file.read()))
 
 
-def _locations(data: Data) -> Iterator[str]:
+def _holds(file: BinaryIO, word: bytes) -> bool:
+    tail = b""
+    while block := file.read(BLOCK):
+        seen = tail + block
+        if word in seen:
+            return True
+        tail = seen[1 - len(word) :]
+    return False
+
+
+def _locations(data: bytes) -> Iterator[str]:
     waiting = [("ModelProto", 0, len(data))]
     while waiting:
         message, start, end = waiting.pop()
@@ -55,7 +67,7 @@ def _locations(data: Data) -> Iterator[str]:
         waiting += [(inner[number], a, b) for number, a, b in _fields(data, start, end) if number in inner]
 
 
-def _fields(data: Data, start: int, end: int) -> Iterator[tuple[int, int, int]]:
+def _fields(data: bytes, start: int, end: int) -> Iterator[tuple[int, int, int]]:
     """Number, start and end of the length-delimited fields of one message."""
     at = start
     while at < end:
@@ -77,7 +89,7 @@ def _fields(data: Data, start: int, end: int) -> Iterator[tuple[int, int, int]]:
         raise ValueError(f"a field reaches beyond its message at byte {at}")
 
 
-def _varint(data: Data, at: int, end: int) -> tuple[int, int]:
+def _varint(data: bytes, at: int, end: int) -> tuple[int, int]:
     value = 0
     for shift in range(0, 70, 7):
         if at >= end:

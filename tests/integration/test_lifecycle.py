@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import json
+import os
 import shutil
 import subprocess
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,15 +31,23 @@ if TYPE_CHECKING:
 
 Build = Callable[..., Path]
 PICTURE = np.full((32, 32, 3), 99, np.uint8)
-READ_ERROR = r"""
+BAD_DISK = r"""
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
+#include <fcntl.h>
+#include <stdarg.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
-/* read() of one file fails as on a broken disk: the first 1000 bytes come, then EIO */
+/* A model file in a folder disk-fails-N fails as on a broken disk when it is read for the Nth time: 1000 bytes come,
+   then EIO. In disk-changes-N it gets another time of change then. In disk-denies it cannot be opened. */
+
+static int times[2][10];
+
 ssize_t read(int fd, void *buffer, size_t size) {
     static ssize_t (*real)(int, void *, size_t);
     char link[64], path[4096];
@@ -44,12 +55,57 @@ ssize_t read(int fd, void *buffer, size_t size) {
     snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
     ssize_t length = readlink(link, path, sizeof path - 1);
     path[length < 0 ? 0 : length] = 0;
-    if (!strstr(path, "/broken-disk/4/model.onnx")) return real(fd, buffer, size);
-    if (lseek(fd, 0, SEEK_CUR) == 0) return real(fd, buffer, size < 1000 ? size : 1000);
+    const char *fails = strstr(path, "/disk-fails-"), *changes = strstr(path, "/disk-changes-");
+    if ((!fails && !changes) || !strstr(path, "/model.onnx")) return real(fd, buffer, size);
+    int wanted = fails ? fails[12] - '0' : changes[14] - '0', start = lseek(fd, 0, SEEK_CUR) == 0;
+    int *time = &times[!fails][wanted];
+    *time += start;
+    if (*time != wanted) return real(fd, buffer, size);
+    if (changes) {
+        if (start) futimens(fd, NULL);
+        return real(fd, buffer, size);
+    }
+    if (start) return real(fd, buffer, size < 1000 ? size : 1000);
     errno = EIO;
     return -1;
 }
+
+static int opened(const char *name, const char *path, int flags, mode_t mode) {
+    int (*real)(const char *, int, mode_t) = (int (*)(const char *, int, mode_t))dlsym(RTLD_NEXT, name);
+    if (!strstr(path, "/disk-denies/") || !strstr(path, "/model.onnx")) return real(path, flags, mode);
+    errno = EACCES;
+    return -1;
+}
+
+int open(const char *path, int flags, ...) {
+    va_list rest;
+    va_start(rest, flags);
+    mode_t mode = flags & (O_CREAT | O_TMPFILE) ? va_arg(rest, mode_t) : 0;
+    va_end(rest);
+    return opened("open", path, flags, mode);
+}
+
+int open64(const char *path, int flags, ...) {
+    va_list rest;
+    va_start(rest, flags);
+    mode_t mode = flags & (O_CREAT | O_TMPFILE) ? va_arg(rest, mode_t) : 0;
+    va_end(rest);
+    return opened("open64", path, flags, mode);
+}
 """
+
+
+@pytest.fixture(scope="module")
+def bad_disk(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The environment of a process to which the disk does what the names of folders say."""
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        pytest.skip("a C compiler makes the library that lets reads fail")
+    root = tmp_path_factory.mktemp("disk")
+    (root / "disk.c").write_text(BAD_DISK)
+    library = root / "disk.so"
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", library, root / "disk.c", "-ldl"], check=True)
+    return {"LD_PRELOAD": str(library)}
 
 
 class Models:
@@ -166,18 +222,11 @@ def refused(call: Callable[[], Any]) -> tuple[str, str]:
 
 
 def test_bad_versions_leave_the_old_one_serving(
-    models: Callable[..., Models], tiny_bundle: Path, build_bundle: Build, tmp_path: Path
+    models: Callable[..., Models], tiny_bundle: Path, build_bundle: Build, bad_disk: dict[str, str], tmp_path: Path
 ) -> None:
-    compiler = shutil.which("cc") or shutil.which("gcc")
-    if compiler is None:
-        pytest.skip("a C compiler makes the library that lets reads fail")
-    (tmp_path / "read.c").write_text(READ_ERROR)
-    library = tmp_path / "read.so"
-    subprocess.run([compiler, "-shared", "-fPIC", "-o", library, tmp_path / "read.c", "-ldl"], check=True)
-
     repository = tmp_path / "repository"
     publish(tiny_bundle, repository / "tiny" / "1")
-    running = models("--repository", repository, "--watch", environment={"LD_PRELOAD": str(library)})
+    running = models("--repository", repository, "--watch", environment=bad_disk)
     server = running.server
     expected = {Predictor.load(tiny_bundle).infer(PICTURE).probabilities.tobytes()}
     with asking(server.url, "tiny", expected) as wrong:
@@ -185,7 +234,7 @@ def test_bad_versions_leave_the_old_one_serving(
         running.wait_for("tiny", "2", "UNAVAILABLE")
         publish(with_wrong_answers(build_bundle(tmp_path / "b3", version="3")), repository / "tiny" / "3")
         running.wait_for("tiny", "3", "UNAVAILABLE")
-        broken = build_bundle(tmp_path / "broken-disk" / "4", version="4")
+        broken = build_bundle(tmp_path / "disk-fails-1" / "4", version="4")
         (repository / "tiny" / "4").symlink_to(broken)
         running.wait_for("tiny", "4", "UNAVAILABLE")
         index = running.index()
@@ -216,6 +265,78 @@ def test_bad_versions_leave_the_old_one_serving(
     assert wrong == []
     assert running.served("tiny") == "1"
     assert server.metric("trivium_loads_total", model="tiny", outcome="loaded") == 3
+
+
+def test_every_kind_of_bad_bundle_is_refused_with_its_reason(
+    models: Callable[..., Models], tiny_bundle: Path, build_bundle: Build, bad_disk: dict[str, str], tmp_path: Path
+) -> None:
+    good = build_bundle(tmp_path / "good", version="2")
+
+    def cut_short(root: Path, name: str) -> None:
+        os.truncate(root / name, (root / name).stat().st_size // 2)
+
+    def rewrite(root: Path, **changes: object) -> None:
+        document = json.loads((root / "manifest.json").read_text())
+        (root / "manifest.json").write_text(json.dumps(document | changes))
+
+    def swap_weights(root: Path) -> None:
+        """Whole by its digests, but one weight tensor is another model's."""
+        onnx = pytest.importorskip("onnx")
+        model = onnx.load(root / "model.onnx")
+        kernel = next(one for one in model.graph.initializer if one.name == "kernel")
+        values = onnx.numpy_helper.to_array(kernel)[::-1]
+        kernel.CopyFrom(onnx.numpy_helper.from_array(np.ascontiguousarray(values), "kernel"))
+        onnx.save(model, root / "model.onnx")
+        seal(root, read_manifest(root))
+
+    def leave(root: Path) -> None:
+        """What its folder's name does to it is enough."""
+
+    cases: list[tuple[str, Callable[[Path], Any], str, str]] = [
+        ("a", with_wrong_digest, "DigestMismatch", "model.onnx: SHA-256 differs"),
+        ("a", with_wrong_answers, "EngineError", "self-test: probabilities differs"),
+        ("a", swap_weights, "EngineError", "self-test: probabilities differs"),
+        ("a", lambda root: cut_short(root, "model.onnx"), "DigestMismatch", "bytes, the manifest says"),
+        ("a", lambda root: cut_short(root, "manifest.json"), "ManifestError", "no valid JSON"),
+        ("a", lambda root: (root / "golden.npz").unlink(), "MissingFile", "golden.npz: missing"),
+        ("a", lambda root: (root / "more").touch(), "ExtraFile", "more: not listed"),
+        ("a", lambda root: rewrite(root, schema_version=2), "UnknownSchema", "schema version 2"),
+        ("a", lambda root: rewrite(root, name="other"), "ManifestError", "'other', expected 'tiny'"),
+        ("a", lambda root: rewrite(root, version="9"), "ManifestError", "version 9, its folder 2"),
+        ("disk-denies", leave, "MissingFile", "cannot be read: Permission denied"),
+        ("disk-fails-1", leave, "MissingFile", "cannot be read: Input/output error"),
+        # when it is searched for weights elsewhere, and when ONNX Runtime reads it
+        ("disk-fails-2", leave, "UnsafePath", "Input/output error"),
+        ("disk-fails-3", leave, "EngineError", "ONNX Runtime cannot load it"),
+        ("disk-changes-3", leave, "DigestMismatch", "changed while it was loaded"),
+    ]
+    repository = tmp_path / "repository"
+    publish(tiny_bundle, repository / "tiny" / "1")
+    running = models("--repository", repository, environment=bad_disk)
+    expected = {Predictor.load(tiny_bundle).infer(PICTURE).probabilities.tobytes()}
+    counts: Counter[str] = Counter()
+    with asking(running.server.url, "tiny", expected) as wrong:
+        for number, (folder, spoil, kind, reason) in enumerate(cases):
+            bundle = Path(shutil.copytree(good, tmp_path / str(number) / folder / "bundle"))
+            spoil(bundle)
+            (repository / "tiny" / "2").symlink_to(bundle)
+            code, text = refused(lambda: running.load("tiny"))
+            assert code == ("INTERNAL" if kind == "EngineError" else "FAILED_PRECONDITION"), text
+            assert reason in text
+            state, why = running.index()["tiny", "2"]
+            assert (state, why) == ("UNAVAILABLE", text)
+            assert running.index()["tiny", "1"] == ("READY", "")
+            counts[kind] += 1
+            metric = {"model": "tiny", "outcome": "refused", "reason": kind}
+            assert running.server.metric("trivium_loads_total", **metric) == counts[kind]
+            assert running.server.log.read_text().count(f"refused: {kind}: ") == counts[kind]
+            (repository / "tiny" / "2").unlink()
+            running.load("tiny")
+        publish(good, repository / "tiny" / "2")
+        running.load("tiny")
+        assert running.served("tiny") == "2"
+    assert wrong == []
+    assert running.server.log.read_text().count("; version 1 serves on") == len(cases)
 
 
 def test_a_named_bundle_is_followed_through_its_link(
@@ -287,15 +408,15 @@ def test_load_and_unload(models: Callable[..., Models], tiny_bundle: Path, build
 
 def test_what_was_accepted_is_answered_after_unload(models: Callable[..., Models], slow_bundle: Path) -> None:
     running = models(slow_bundle)
-    pictures = np.full((40, 32, 32, 3), 99, np.uint8)
+    pictures = np.full((60, 32, 32, 3), 99, np.uint8)
     message = service_pb2.ModelInferRequest(model_name="slow", raw_input_contents=[pictures.tobytes()])
     message.inputs.add(name="image", datatype="UINT8", shape=pictures.shape)
-    call = running.stub.ModelInfer.future(message)
-    running.server.wait_until(lambda: running.server.metric("trivium_running_pictures") > 0)
+    calls = [running.stub.ModelInfer.future(message) for _ in range(4)]
+    running.server.wait_until(lambda: running.server.metric("trivium_in_flight_requests") == len(calls))
     running.unload("slow")
     assert refused(lambda: running.served("slow"))[0] == "NOT_FOUND"
     assert running.server.metric("trivium_loads_total", outcome="unloaded") == 0
-    assert call.code() == grpc.StatusCode.OK
+    assert {call.code() for call in calls} == {grpc.StatusCode.OK}
     running.server.wait_until(lambda: running.server.metric("trivium_loads_total", outcome="unloaded") == 1)
 
 
