@@ -35,6 +35,8 @@ from trivium.runtime.wire import read_request, unpack_bytes
 LINE_LIMIT = 4500
 """Characters of an error's line: a path of 1000 characters may be escaped in it."""
 MAX_BATCH = 8
+GROWN = 1 << 16
+"""Bytes beyond which no edit makes a bundle's file longer: doubled twenty times it would only measure the test."""
 PICTURE_LIMITS = Limits(max_bytes=1 << 20, max_pixels=1 << 20)
 """A picture within the server's own limits may rightly take a second and half a gigabyte; within these it may not."""
 MODEL = Manifest.model_validate(seeds.manifest())
@@ -239,7 +241,7 @@ def _edit(root: Path, what: int, which: int, where: int) -> None:
         (root / "aside").rename(other)
     elif kind == 3:
         _replace(path, None)
-    elif kind == 4:
+    elif kind == 4 and len(content) < GROWN:
         _replace(path, content + content[:at])
     elif kind == 5:
         _replace(path, None)
