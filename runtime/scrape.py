@@ -58,7 +58,9 @@ def scrape(address: str, timeout: float) -> Scrape:
         raise ConfigError(f"{address}: no HTTP answer; it must be the port of /metrics, not of gRPC") from None
     except OSError as error:
         cause = error.reason if isinstance(error, urllib.error.URLError) else error
-        reason = (cause.strerror if isinstance(cause, OSError) else None) or str(cause) or type(cause).__name__
+        reason = (cause.strerror if isinstance(cause, OSError) else None) or str(cause)
+        if isinstance(cause, TimeoutError):
+            reason = f"no answer in {timeout:g} s"
         raise Unavailable(f"{address}: {reason}") from None
     moment, wall = monotonic(), time()
     samples: dict[str, dict[Labels, float]] = {}

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
+import os
+import pty
 import re
 import signal
 import subprocess
@@ -271,6 +274,32 @@ def test_top_shows_a_server_and_says_when_it_is_gone(
     assert watching.stderr.read().count("Traceback") == 0
 
 
+def test_top_lives_on_a_terminal_until_interrupted(server: ServerProcess) -> None:
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.environ["TERM"] = "xterm"
+        command = [sys.executable, "-m", "trivium", "top", server.ready["http"], "--interval", "0.2"]
+        os.execv(sys.executable, command)
+    seen = b""
+    end = time.monotonic() + 60
+    try:
+        while seen.count(b"ready") < 3 and time.monotonic() < end:
+            seen += os.read(terminal, 1 << 16)
+        os.kill(pid, signal.SIGINT)
+        with contextlib.suppress(OSError):
+            while data := os.read(terminal, 1 << 16):
+                seen += data
+    finally:
+        status = os.waitpid(pid, 0)[1]
+        os.close(terminal)
+    assert os.waitstatus_to_exitcode(status) == 130
+    assert b"tiny/3" in seen
+    # the alternate screen and the cursor are as they were
+    assert seen.rindex(b"\x1b[?1049l") > seen.rindex(b"\x1b[?1049h")
+    assert seen.rindex(b"\x1b[?25h") > seen.rindex(b"\x1b[?25l")
+    assert b"Traceback" not in seen
+
+
 def test_top_refuses_what_is_no_server_in_one_line(server: ServerProcess) -> None:
     for address, words in (
         ("127.0.0.1:1", "Connection refused"),
@@ -280,6 +309,6 @@ def test_top_refuses_what_is_no_server_in_one_line(server: ServerProcess) -> Non
     ):
         result = top(address, "--once")
         assert result.returncode in (1, 2)
-        (line,) = result.stderr.splitlines()
-        assert words in line
+        assert len(result.stderr.splitlines()) == 1, result.stderr
+        assert words in result.stderr
     assert "--interval must be" in top("--interval", "0").stderr
