@@ -15,7 +15,7 @@ from trivium.runtime.bundle import MANIFEST, Manifest, open_bundle
 from trivium.runtime.cpus import usable_cpus
 from trivium.runtime.errors import ConfigError
 from trivium.runtime.triton import BUNDLE, ENCODED, IMAGE
-from trivium.runtime.wire import OUTPUTS
+from trivium.runtime.wire import OUTPUTS, config_parameters
 
 from .pack import staging
 
@@ -140,7 +140,7 @@ def config(manifest: Manifest, device: Literal["cpu", "cuda"], instances: int, m
     picture.data_type = TYPES["UINT8"]
     picture.dims.extend((height, width, 3) if batching else (1, height, width, 3))
     picture.zero_data = True
-    for name, value in (("heads", ",".join(manifest.heads)), ("device", device), ("max_batch", str(max_batch))):
+    for name, value in (config_parameters(manifest) | {"device": device, "max_batch": str(max_batch)}).items():
         model.parameters[name].string_value = value
     return str(text_format.MessageToString(model))
 

@@ -203,7 +203,7 @@ def read_response(response: Any) -> list[ServedPrediction]:
     return [
         ServedPrediction(
             probabilities=found["probabilities"][i],
-            class_id=int(found["class_id"][i]),
+            class_id=found["class_id"][i].item(),
             label=found["label"][i],
             head=found["head"][i],
             head_probabilities=found["head_probabilities"][i],
@@ -227,7 +227,8 @@ def read_metadata(metadata: Any, config: Any) -> ModelMetadata:
     """
     parameters = {name: value.string_value for name, value in config.config.parameters.items()}
     try:
-        (height, width) = next(tensor.dims[:2] for tensor in config.config.input if tensor.name == IMAGE)
+        # Triton's models that do not batch have the batch's axis in front
+        (height, width) = next(tensor.dims[-3:-1] for tensor in config.config.input if tensor.name == IMAGE)
         return ModelMetadata(
             name=metadata.name,
             versions=tuple(metadata.versions),
@@ -235,10 +236,16 @@ def read_metadata(metadata: Any, config: Any) -> ModelMetadata:
             classes=tuple(str(label) for label in json.loads(parameters["classes"])),
             routers=tuple(parameters["routers"].split(",")),
             size=(height, width),
-            max_batch=max(1, config.config.max_batch_size),
+            max_batch=most_pictures(config),
         )
     except (KeyError, ValueError, TypeError, StopIteration):
         raise ServerError(f"the server does not say what heads and classes {metadata.name!r} has") from None
+
+
+def most_pictures(config: Any) -> int:
+    """Of one message, as a ModelConfigResponse says it: by a parameter where Triton does not batch."""
+    parameter = config.config.parameters["max_batch"].string_value
+    return max(1, config.config.max_batch_size or (int(parameter) if parameter.isdecimal() else 1))
 
 
 def _tensor(tensor: Any, raw: bytes) -> Any:

@@ -26,6 +26,7 @@ from .client_codec import (
     blocks,
     each,
     load,
+    most_pictures,
     read_metadata,
     read_response,
     write_request,
@@ -224,7 +225,7 @@ class ClientCore:
         """Most pictures of a message, asked from the server once."""
         if self._max_batch is None:
             config = yield from self._config(deadline)
-            self._max_batch = max(1, config.config.max_batch_size)
+            self._max_batch = most_pictures(config)
         return min(self._max_batch, MESSAGE_PICTURES)
 
     def _config(self, deadline: float) -> Steps[Any]:

@@ -62,6 +62,7 @@ class Model:
         self.predictor = Predictor.load(
             Path(args["model_repository"], args["model_version"], BUNDLE),
             device="cuda" if parameters["device"] == "cuda" else "cpu",
+            engine="auto",
         )
         self.counted = ModelMetrics(self.backend, self.predictor.manifest)
         # pictures of Triton's making, which come before any of a client's, and which no metric should show

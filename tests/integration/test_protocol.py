@@ -20,22 +20,25 @@ from PIL import Image
 from tritonclient.grpc import model_config_pb2, service_pb2, service_pb2_grpc
 from tritonclient.utils import InferenceServerException
 
+from trivium.runtime.client import Client
 from trivium.runtime.predictor import Predictor
 from trivium.runtime.wire import OUTPUTS, pack_bytes
 
 MODEL = "tiny"
 K, C, SIZE = 3, 10, 32
+HEADS = ("clean", "robust", "combined")
 
 
 class Endpoint(NamedTuple):
     server: str
+    url: str
     client: triton.InferenceServerClient
     stub: Any
 
 
 def ask(server: str, url: str) -> Iterator[Endpoint]:
     with triton.InferenceServerClient(url) as client, grpc.insecure_channel(url) as channel:
-        yield Endpoint(server, client, service_pb2_grpc.GRPCInferenceServiceStub(channel))
+        yield Endpoint(server, url, client, service_pb2_grpc.GRPCInferenceServiceStub(channel))
 
 
 @pytest.fixture(scope="module", params=["trivium", "triton"])
@@ -177,6 +180,23 @@ def test_all_outputs_and_response_parameters(endpoint: Endpoint, some_pictures: 
     assert set(timings) == {"decode_ns", "queue_ns", "compute_ns", "route_ns"}
     assert timings["decode_ns"] == 0
     assert timings["compute_ns"] > 0
+
+
+def test_our_client_speaks_to_both(endpoint: Endpoint, tiny_bundle: Path, some_pictures: NDArray[np.uint8]) -> None:
+    predictor = Predictor.load(tiny_bundle)
+    expected = [predictor.infer(image, "mean") for image in some_pictures[:3]]
+    with Client(endpoint.url, model=MODEL) as client:
+        described = client.metadata()
+        assert (described.heads, described.size, described.max_batch) == (HEADS, (SIZE, SIZE), 64)
+        assert described.versions == ("1", "3")
+        assert described.routers == tuple(predictor.manifest.routers())
+        for pictures in (some_pictures[:3], [png(image) for image in some_pictures[:3]]):
+            answers = client.predict(pictures, router="mean")
+            assert [(one.label, one.head, one.version) for one in answers] == [
+                (one.label, "mean", "3") for one in expected
+            ]
+            for answer, right in zip(answers, expected, strict=True):
+                np.testing.assert_allclose(answer.head_probabilities, right.head_probabilities, rtol=0, atol=1e-5)
 
 
 def test_requested_outputs_alone(endpoint: Endpoint, some_pictures: NDArray[np.uint8]) -> None:
