@@ -19,6 +19,7 @@ $(STAMP): pyproject.toml kernels/CMakeLists.txt $(wildcard kernels/*.cmake kerne
 	@echo "installing trivium and its packages into $(VENV) (the first time: a few GB, some minutes)"
 	@$(BIN)/python -m pip install --quiet --upgrade pip
 	@$(BIN)/python -m pip install --quiet --editable '.[all,dev]'
+	@$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/stubs tensorrt-stubs==10.13.0.35.1
 	@touch $@
 
 demo: venv  ## the main job on Fashion-MNIST: train, export, serve, ask, report (build/demo)

@@ -111,7 +111,13 @@ def _unknown(nodes: Any, where: str, functions: set[tuple[str, str]]) -> Iterato
 def _restricted(model: onnx.ModelProto) -> Iterator[Refusal]:
     """Refusals of what the list restricts, in a model without functions."""
     constants = constants_of(model.graph)
-    inferred = shape_inference.infer_shapes(model)
+    try:
+        inferred = shape_inference.infer_shapes(model)
+    except shape_inference.InferenceError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UnsupportedOperator(
+            f"TensorRT cannot take this graph, for its types cannot be inferred: {reason}"
+        ) from None
     results = {output.name for output in model.graph.output}
     bytes_inside = {
         value.name

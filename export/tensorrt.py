@@ -21,7 +21,7 @@ from onnx.reference import ReferenceEvaluator
 from trivium.runtime import device
 from trivium.runtime.bundle import Bundle, Plan, open_bundle
 from trivium.runtime.errors import ConfigError, EngineError
-from trivium.runtime.tensorrt import library_version, logger
+from trivium.runtime.tensorrt import library_version, logger, sizes_of
 
 from .graph import DOMAIN, IMAGE, OP_TYPE
 from .half import half_precision
@@ -126,11 +126,11 @@ def _build(
     if precision == "fp32":
         # otherwise products are of numbers rounded to 10 bits
         config.clear_flag(trt.BuilderFlag.TF32)
-    shape = network.get_input(0).shape
+    shape = sizes_of(network.get_input(0).shape)
     if shape[0] == -1:
         for sizes in profiles(max_batch):
             profile = builder.create_optimization_profile()
-            profile.set_shape(IMAGE, *(trt.Dims([size, *tuple(shape)[1:]]) for size in sizes))
+            profile.set_shape(IMAGE, *(trt.Dims([size, *shape[1:]]) for size in sizes))
             config.add_optimization_profile(profile)
     cache = _timing_cache(config, timing_cache)
     plan = builder.build_serialized_network(network, config)

@@ -135,8 +135,10 @@ class Stream:
         try:
             yield captured
         except BaseException:
-            # a stream stays unusable until its capture has ended, which in this case fails too
-            cuda.cudaStreamEndCapture(self.handle)
+            # a stream stays unusable until its capture has ended, whatever comes of that
+            _, unfinished = cuda.cudaStreamEndCapture(self.handle)
+            if unfinished:
+                cuda.cudaGraphDestroy(unfinished)
             raise
         graph = done(cuda.cudaStreamEndCapture(self.handle), "end a capture")
         captured.append(Graph(graph))

@@ -35,16 +35,20 @@ def start_engine(
     Raises: EngineError, MissingExtra where ONNX Runtime cannot start either.
     """
     fallback = ""
-    wanted = device == "cuda" and (engine == "tensorrt" or (engine == "auto" and bundle.manifest.plans))
-    if wanted:
+    if device == "cuda" and (engine == "tensorrt" or (engine == "auto" and bundle.manifest.plans)):
         try:
-            compiled = TensorRTEngine(bundle)
-            compiled.self_test()
-            return compiled, ""
+            return _compiled(bundle), ""
         except EngineError as error:
             fallback = error.reason if isinstance(error, EngineMismatch) else "failed"
-            _log.warning("%s: ONNX Runtime in TensorRT's place: %s", bundle.manifest.name, error)
+            # as text, for the error itself holds on to the engine and its memory
+            _log.warning("%s: ONNX Runtime in TensorRT's place: %s", bundle.manifest.name, str(error))
     provider: Literal["plain", "tensorrt"] = "tensorrt" if engine == "tensorrt-ep" else "plain"
     started = Engine(bundle, kernels=kernels, device=device, threads=threads, provider=provider, cache=cache)
     started.self_test()
     return started, fallback
+
+
+def _compiled(bundle: Bundle) -> Backend:
+    engine = TensorRTEngine(bundle)
+    engine.self_test()
+    return engine

@@ -196,7 +196,7 @@ class _Lane:
             with self._stream.capture() as captured:
                 self._enqueue(context, size)
         except EngineError as error:
-            _log.warning("batches of %d run without a CUDA graph: %s", size, error)
+            _log.warning("batches of %d run without a CUDA graph: %s", size, str(error))
             return _Ready(context, None)
         return _Ready(context, captured[0])
 
@@ -211,6 +211,11 @@ class _Lane:
 def padded(count: int, max_batch: int) -> int:
     """The size that a batch is filled up to: the next power of two, max_batch at most."""
     return min(1 << (count - 1).bit_length(), max_batch)
+
+
+def sizes_of(shape: trt.Dims) -> tuple[int, ...]:
+    """TensorRT's shape as a tuple; -1 where it is free."""
+    return tuple(shape[axis] for axis in range(len(shape)))
 
 
 def _profile(engine: trt.ICudaEngine, size: int) -> int:
@@ -244,7 +249,7 @@ def _signature(engine: trt.ICudaEngine, bundle: Bundle, plan: Plan) -> dict[str,
     for name, shape in expected.items():
         if name not in names:
             raise EngineError(f"{plan.path}: it has no output {name!r}")
-        found = tuple(engine.get_tensor_shape(name))
+        found = sizes_of(engine.get_tensor_shape(name))
         dtype = engine.get_tensor_dtype(name)
         if found[1:] != shape[1:] or dtype != (trt.DataType.UINT8 if name == INPUT else trt.DataType.FLOAT):
             wanted = ["N", *shape[1:]]
@@ -259,6 +264,6 @@ def _unread(engine: trt.ICudaEngine, known: Iterable[str], max_batch: int) -> di
     names = {engine.get_tensor_name(i) for i in range(engine.num_io_tensors)} - set(known)
     sizes = {}
     for name in sorted(names):
-        elements = max_batch * math.prod(tuple(engine.get_tensor_shape(name))[1:])
+        elements = max_batch * math.prod(sizes_of(engine.get_tensor_shape(name))[1:])
         sizes[name] = elements * np.dtype(trt.nptype(engine.get_tensor_dtype(name))).itemsize
     return sizes
