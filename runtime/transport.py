@@ -482,7 +482,7 @@ class Http2Server:
             self._listeners.append(await self.loop.create_server(lambda: Connection(self), sock=sock, backlog=1024))
 
     async def stop(self, grace: float) -> None:
-        """Take no more calls, give those that run `grace` seconds, end the rest. A second call may shorten the grace."""
+        """Take no more calls, give those that run `grace` seconds, end the rest. A second call may shorten it."""
         for listener in self._listeners:
             listener.close()
         self._listeners = []
@@ -537,14 +537,17 @@ def _headers(data: bytes) -> Headers:
             continue
         elif name.endswith("-bin"):
             # several values of a name may share a header, with commas between
-            for part in value.split(","):
-                try:
-                    metadata.append((name, base64.b64decode(part + "=" * (-len(part) % 4))))
-                except ValueError:
-                    continue
+            metadata += [(name, _base64(part)) for part in value.split(",")]
         else:
             metadata.append((name, value))
     return Headers(path, content_type, timeout, encoding, tuple(metadata))
+
+
+def _base64(text: str) -> bytes:
+    try:
+        return base64.b64decode(text + "=" * (-len(text) % 4))
+    except ValueError:
+        return b""
 
 
 def _trailers(code: grpc.StatusCode, details: str, metadata: Sequence[tuple[str, str | bytes]]) -> bytes:

@@ -249,6 +249,7 @@ class Connection {
   }
 
   const uint8_t* output(int64_t* size) {
+    forget_output();
     *size = static_cast<int64_t>(out_.size());
     taken_ = true;
     return out_.data();
