@@ -55,20 +55,15 @@ def _run(name: str, runs: int, seed: int) -> dict[str, Any]:
     out.mkdir(parents=True, exist_ok=True)
     for old in out.glob("*"):
         old.unlink()
-    command = [
-        sys.executable,
-        "-m",
-        "tests.fuzz.worker",
-        name,
-        "--runs",
-        str(runs),
-        "--seed",
-        str(seed),
-        "--out",
-        str(out),
-    ]
-    with (out / "log.txt").open("w") as log:
-        status = subprocess.run(command, stdout=log, stderr=log, check=False).returncode
+    # the worker cannot remove it: libFuzzer leaves the process without a chance to
+    scratch = scratch_directory()
+    command = [sys.executable, "-m", "tests.fuzz.worker", name, "--runs", str(runs), "--seed", str(seed)]
+    command += ["--out", str(out), "--scratch", str(scratch)]
+    try:
+        with (out / "log.txt").open("w") as log:
+            status = subprocess.run(command, stdout=log, stderr=log, check=False).returncode
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
     kept = [path for path in out.iterdir() if path.name not in ("log.txt", "report.json")]
     report: dict[str, Any] = {
         "target": name,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import resource
-import shutil
 import sys
 from pathlib import Path
 from random import Random
@@ -24,7 +23,7 @@ sys.meta_path[:] = [finder for finder in sys.meta_path if not type(finder).__nam
 sys.path.insert(0, ".namespace")
 # none of them may be imported before
 with atheris.instrument_imports(include=INSTRUMENTED):
-    from tests.fuzz.targets import Target, scratch_directory, targets
+    from tests.fuzz.targets import Target, targets
 
 SECONDS = 1.0
 """CPU time of one input."""
@@ -46,10 +45,10 @@ def main() -> None:
     parser.add_argument("--runs", type=int, required=True)
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--scratch", type=Path, required=True)
     options = parser.parse_args()
-    scratch = scratch_directory()
-    target = targets(scratch)[options.name]
-    corpus = scratch / "corpus"
+    target = targets(options.scratch)[options.name]
+    corpus = options.scratch / "corpus"
     corpus.mkdir()
     for i, seed in enumerate(target.seeds):
         (corpus / f"{i:04}").write_bytes(seed)
@@ -67,10 +66,7 @@ def main() -> None:
         return found[:max_size]
 
     atheris.Setup(arguments, watch, custom_mutator=mutate)
-    try:
-        atheris.Fuzz()
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    atheris.Fuzz()
 
 
 class Watch:
