@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
 
 import numpy as np
+import onnx
 from numpy.typing import NDArray
 from pydantic import ValidationError
 from rich.box import SIMPLE_HEAD
@@ -13,15 +16,17 @@ from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
-from trivium.runtime.bundle import Bundle, Calibration, Manifest, RouterSettings, seal
+from trivium.runtime.bundle import Bundle, Calibration, Manifest, Quantization, RouterSettings, seal
 from trivium.runtime.engine import Engine
 from trivium.runtime.errors import ConfigError
 from trivium.train.calibrate import calibrate
 
-from . import pack, parity
+from . import drift, pack, parity, quantize, tensorrt, triton
+from .half import half_precision
 from .onnx import add_heads, export_backbone
 from .plan import Plan
 from .result import Result
+from .router_graph import fold_router, folded
 from .source import Source
 
 PARITY_PICTURES = 32
@@ -34,6 +39,7 @@ def build(source: Source, plan: Plan, console: Console) -> Result:
     """
     begin = announcer(plan.steps(source), console)
     heads = list(source.classifier.head_names)
+    pictures = None if plan.precision == "fp32" else real_pictures(source, plan)
     with pack.staging(plan.bundle, plan.force) as root:
         begin("backbone")
         backbone = export_backbone(source.classifier, source.preprocessing)
@@ -50,12 +56,71 @@ def build(source: Source, plan: Plan, console: Console) -> Result:
         begin("parity")
         images, kind = parity_pictures(source)
         rows = parity.measure(model, draft, source.classifier, images, scales, source.unrounded)
+        parity.check(rows)
+        changed = drifted = None
+        if pictures is not None:
+            begin("precision")
+            changed, quantization = reduced(source, plan, backbone, model, scales, pictures)
+            drifted = drift.measure(model, changed, manifest, pictures.held_out, pictures.labels)
+            console.print(drifted.table(plan.precision, pictures.source))
+            drift.check(drifted, plan.max_drop)
+            update = {"precision": plan.precision, "quantization": quantization, "drift": drifted.document()}
+            manifest = manifest.model_copy(update=update)
+            rows += parity.fused(changed, pack.write(root, changed, manifest), images, plan.precision)
+        if plan.fold_router:
+            begin("fold")
+            changed = fold_router(changed or model, manifest, "float32" if plan.tensorrt else "float64")
+            manifest = manifest.model_copy(update={"folded_router": folded(manifest)})
+            rows += parity.routed(changed, manifest, images)
         console.print(parity.table(rows, f"{len(images)} {kind} pictures"))
         parity.check(rows)
+        manifest = manifest.model_copy(update={"tolerances": parity.tolerances(rows)})
+        draft = pack.write(root, changed or model, manifest)
+        if plan.tensorrt:
+            begin("tensorrt")
+            engine = tensorrt.build_engine(draft, root / tensorrt.PLAN, precision=plan.precision)
+            manifest = manifest.model_copy(update={"plans": [engine]})
         begin("seal")
-        sealed = seal(root, manifest.model_copy(update={"tolerances": parity.tolerances(rows)}))
+        sealed = seal(root, manifest)
         Engine(sealed).self_test()
-    return Result(Bundle(plan.bundle, sealed.manifest), rows)
+        repository: list[Path] = []
+        if "triton" in plan.targets:
+            begin("triton")
+            repository = triton.write_repository(root, plan.triton, device=plan.device)
+    inside = [path for path in repository if triton.BUNDLE not in path.relative_to(plan.triton).parts]
+    return Result(Bundle(plan.bundle, sealed.manifest), rows, drifted, inside)
+
+
+def real_pictures(source: Source, plan: Plan) -> quantize.RealPictures:
+    """What a lower precision is calibrated and judged on: the user's folder, or the source's calibration split.
+
+    Raises: ConfigError where there are none, or too few; InvalidPicture.
+    """
+    if plan.calibration:
+        return quantize.from_folder(plan.calibration, source.preprocessing, list(source.classes))
+    if source.pictures is None:
+        raise ConfigError(f"--precision {plan.precision} needs real pictures: give some with --calibration FOLDER")
+    return quantize.from_data(source.pictures)
+
+
+def reduced(
+    source: Source,
+    plan: Plan,
+    backbone: onnx.ModelProto,
+    model: onnx.ModelProto,
+    scales: list[float],
+    pictures: quantize.RealPictures,
+) -> tuple[onnx.ModelProto, Quantization | None]:
+    """The model in the plan's precision, and how it was quantised.
+
+    Raises: EngineError.
+    """
+    if plan.precision == "fp16":
+        return half_precision(model), None
+    activations: Literal["uint8", "int8"] = "int8" if plan.tensorrt else "uint8"
+    quantised, layers = quantize.quantize_backbone(backbone, pictures.ranges, activations)
+    how = quantize.record(pictures, activations, layers)
+    return add_heads(quantised, source.classifier, source.dropout, scales), how
 
 
 def announcer(steps: dict[str, str], console: Console) -> Callable[[str], None]:

@@ -16,7 +16,7 @@ from trivium.runtime.bundle import Dropout
 from trivium.runtime.errors import ConfigError
 
 from .build import build
-from .plan import Plan
+from .plan import PRECISIONS, TARGETS, Plan, Target
 from .source import Source, checkpoint_source, timm_source
 
 TIMM_PASSES, TIMM_DROPOUT, TIMM_SEED = 32, 0.2, 0
@@ -25,7 +25,7 @@ EXIT_CODES = """exit status:
   0    everything was written (with --dry-run: everything could be)
   1    this machine failed: the disk is full, an engine does not run
   2    a mistake in the command line, the source, the labels or the place to write to
-  3    refused by what was measured: an implementation differs by more than its limit
+  3    refused by what was measured: an implementation differs by more than its limit, int8 costs more than --max-drop
   130  interrupted (143: by SIGTERM)
 Whatever the status, each place that was to be written holds what it held before, or what was asked for, whole."""
 
@@ -41,7 +41,7 @@ def main() -> None:
         parser.error(f"{'--timm NAME' if given.timm else 'a SOURCE'} and one BUNDLE are needed")
     console = Console(highlight=False, soft_wrap=True, stderr=given.json)
     plan = plan_of(given)
-    plan.check_places()
+    plan.check()
     source = source_of(given, console)
     console.print(plan.table(source))
     if given.dry_run:
@@ -68,6 +68,12 @@ def plan_of(given: argparse.Namespace) -> Plan:
         router=None if given.router == "auto" else given.router,
         calibration_pictures=given.calibration_pictures,
         force=given.force,
+        targets=given.target,
+        precision=given.precision,
+        calibration=given.calibration,
+        max_drop=given.max_drop,
+        fold_router=given.fold_router,
+        repository=given.repository,
     )
 
 
@@ -102,6 +108,25 @@ def source_of(given: argparse.Namespace, console: Console) -> Source:
 def timm_name(source: str) -> str | None:
     """SOURCE where it can only be the name of a timm model: no path, and nothing of that name is here."""
     return None if os.sep in source or Path(source).exists() else source
+
+
+def targets(text: str) -> tuple[Target, ...]:
+    """Some of TARGETS, commas between them, in their order."""
+    words = text.split(",")
+    if wrong := [word for word in words if word not in TARGETS]:
+        raise argparse.ArgumentTypeError(f"{wrong[0]!r} is none of {', '.join(TARGETS)}")
+    return tuple(target for target in TARGETS if target in words)
+
+
+def percentage(text: str) -> float:
+    """A number from 0 to 100."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 100:
+        raise argparse.ArgumentTypeError(f"{text!r} does not lie between 0 and 100")
+    return value
 
 
 def per_channel(text: str) -> tuple[float, ...]:
@@ -174,6 +199,43 @@ def arguments() -> argparse.ArgumentParser:
         default="bfloat16",
         help="bfloat16 rounds the heads' weights, which halves what the fused kernel reads; the parity table shows "
         "what it changes (default bfloat16)",
+    )
+    parser.add_argument(
+        "--target",
+        type=targets,
+        default=("onnx",),
+        metavar="T,T",
+        help=f"of {', '.join(TARGETS)}: what else to make of the bundle, which is always made (default onnx)",
+    )
+    parser.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default="fp32",
+        help="of the backbone; fp16 is for GPUs, int8 for CPUs and TensorRT (default fp32)",
+    )
+    parser.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="FOLDER",
+        help="real pictures, half of them to measure int8's ranges on, half to judge a lower precision by; in folders "
+        "named after their classes, if labels are to count (default: the checkpoint's calibration split)",
+    )
+    parser.add_argument(
+        "--max-drop",
+        type=percentage,
+        default=1.0,
+        metavar="X",
+        help="refuse a lower precision that loses more percentage points of top-1, or without labels changes more "
+        "percent of the answers (default 1)",
+    )
+    parser.add_argument(
+        "--fold-router", action="store_true", help="let the graph itself return the routed answer, for other servers"
+    )
+    parser.add_argument(
+        "--repository",
+        type=Path,
+        metavar="DIR",
+        help="Triton's, to put the model into as one more version (default: BUNDLE-triton)",
     )
     parser.add_argument("--force", action="store_true", help="replace a bundle that exists")
     parser.add_argument("--dry-run", action="store_true", help="load the source, print the plan, write nothing")

@@ -14,14 +14,16 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from trivium.kernels import HeadStatistics, mc_heads_ref
-from trivium.runtime.bundle import Bundle, Dropout, Preprocessing
+from trivium.runtime.bundle import Bundle, Dropout, Manifest, Preprocessing
 from trivium.runtime.engine import Engine
 from trivium.runtime.errors import ServerError
+from trivium.runtime.router import route
 from trivium.train.mc import Heads, predict
 
 from .graph import IMAGE, OUTPUTS
 from .onnx import FEATURES, masks_of
 from .pack import session
+from .router_graph import ROUTED, folded
 
 BATCH = 8
 """Pictures that torch is asked about at once."""
@@ -34,6 +36,9 @@ FUSED_LIMITS: Limits = {name: 1e-5 if name == "probabilities" else 1e-4 for name
 """The fused kernel against the function: another order of sums in the heads alone."""
 ROUNDING_LIMITS: Limits = {name: 2e-2 if name == "probabilities" else 1e-1 for name in OUTPUTS}
 """Heads rounded to bfloat16, 8 bits of precision, against the weights as they were, in float64 on the same features."""
+
+ROUTER_LIMITS: Limits = {"routed_probabilities": 1e-6, "class_id": 0.0, "head": 0.0}
+"""The folded router chooses as runtime.router does, or is refused."""
 
 
 class ParityError(ServerError):
@@ -92,6 +97,35 @@ def measure(
     return rows
 
 
+def fused(model: onnx.ModelProto, bundle: Bundle, images: NDArray[np.uint8], precision: str) -> list[Difference]:
+    """The fused kernel against the function behind a backbone of lower precision; nothing where it is not installed."""
+    engine = Engine(bundle)
+    if engine.kernels != "fused":
+        return []
+    function = with_features(model, images)[1]
+    return differences(f"fused - function, {precision}", engine.run(images), function, FUSED_LIMITS)
+
+
+def routed(model: onnx.ModelProto, manifest: Manifest, images: NDArray[np.uint8]) -> list[Difference]:
+    """The folded router against runtime.router on the same statistics: shares of other heads and classes, and the
+    largest difference of a probability.
+
+    Args:
+        model: with the folded router.
+    """
+    compiled = session(model)
+    answers = [compiled.run([*OUTPUTS, *ROUTED], {IMAGE: images[i : i + 1]}) for i in range(len(images))]
+    columns = [np.concatenate(column) for column in zip(*answers, strict=True)]
+    statistics, (probabilities, class_id, head) = HeadStatistics(*columns[: len(OUTPUTS)]), columns[len(OUTPUTS) :]
+    expected, names = route(statistics, manifest), folded(manifest).heads
+    found = {
+        "routed_probabilities": float(np.max(np.abs(probabilities - expected.probabilities))),
+        "class_id": float((class_id != expected.class_id).mean()),
+        "head": float(np.mean([names[i] != name for i, name in zip(head, expected.head, strict=True)])),
+    }
+    return [Difference("folded router - NumPy", name, found[name], ROUTER_LIMITS[name]) for name in ROUTED]
+
+
 def with_features(model: onnx.ModelProto, images: NDArray[np.uint8]) -> tuple[NDArray[np.float32], HeadStatistics]:
     """The features that enter the heads and the function's answers, from one run of ONNX Runtime a picture."""
     opened = onnx.ModelProto()
@@ -127,7 +161,7 @@ def differences(
 
 def worst(rows: Sequence[Difference]) -> Difference:
     """The row that comes nearest to its limit, or is farthest beyond it."""
-    return max(rows, key=lambda row: row.value / row.limit if np.isfinite(row.value) else np.inf)
+    return max(rows, key=lambda row: (not row.within, row.value / row.limit if row.limit else 0.0))
 
 
 def check(rows: Sequence[Difference]) -> None:

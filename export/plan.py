@@ -8,13 +8,16 @@ from typing import Any, Literal
 
 from rich.table import Table
 
+from trivium.runtime.errors import ConfigError
+from trivium.runtime.tensorrt import library_version
+
 from .pack import refuse_existing
 from .source import Source
 
-Target = Literal["onnx"]
-Precision = Literal["fp32"]
-TARGETS: tuple[Target, ...] = ("onnx",)
-PRECISIONS: tuple[Precision, ...] = ("fp32",)
+Target = Literal["onnx", "triton", "tensorrt"]
+Precision = Literal["fp32", "fp16", "int8"]
+TARGETS: tuple[Target, ...] = ("onnx", "triton", "tensorrt")
+PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8")
 
 
 @dataclass(frozen=True)
@@ -30,11 +33,43 @@ class Plan:
     calibration_pictures: int = 5000
     """Used at most for temperatures and router."""
     force: bool = False
-    """Replace what is there."""
+    """Replace the bundle that is there."""
+    targets: tuple[Target, ...] = ("onnx",)
+    """The bundle itself is always made: all else is made from it."""
+    precision: Precision = "fp32"
+    """Of the backbone."""
+    calibration: Path | None = None
+    """Folder of real pictures for int8; None: the source's own."""
+    max_drop: float = 1.0
+    """Percentage points of top-1 that a lower precision may cost."""
+    fold_router: bool = False
+    """Answer by the default router in the graph too."""
+    repository: Path | None = None
+    """Of Triton; None: beside the bundle, its name with -triton."""
 
-    def check_places(self) -> None:
-        """Raise ConfigError where something may not be written; cheap, before the source is loaded."""
+    @property
+    def triton(self) -> Path:
+        return self.repository or self.bundle.with_name(f"{self.bundle.name}-triton")
+
+    @property
+    def tensorrt(self) -> bool:
+        return "tensorrt" in self.targets
+
+    @property
+    def device(self) -> Literal["cpu", "cuda"]:
+        """What the artefacts are meant to run on."""
+        return "cuda" if self.tensorrt or self.precision == "fp16" else "cpu"
+
+    def check(self) -> None:
+        """Refuse what cannot end well: cheap, before the source is loaded.
+
+        Raises: ConfigError where something may not be written or read; EngineMismatch where TensorRT is missing.
+        """
         refuse_existing(self.bundle, self.force)
+        if self.calibration and not self.calibration.is_dir():
+            raise ConfigError(f"--calibration {self.calibration}: no such directory")
+        if self.tensorrt:
+            library_version()
 
     def steps(self, source: Source) -> dict[str, str]:
         """What will be done, in this order."""
@@ -47,7 +82,18 @@ class Plan:
             result["calibrate"] = f"calibrate temperatures and router on {count} pictures"
         result["heads"] = f"append heads {heads} with {dropout.passes} passes of dropout {dropout.rate:g}"
         result["parity"] = "compare the implementations"
+        if self.precision == "fp16":
+            result["precision"] = "put the backbone into float16 and measure what that changes"
+        elif self.precision == "int8":
+            where = self.calibration or "calibration"
+            result["precision"] = f"quantise the backbone to int8 on {where} pictures and measure what that changes"
+        if self.fold_router:
+            result["fold"] = "fold the default router into the graph and compare it with NumPy's"
+        if self.tensorrt:
+            result["tensorrt"] = f"check the graph's operators and build TensorRT's plan in {self.precision}"
         result["seal"] = f"write {self.bundle}, list every file with its SHA-256, repeat the golden answers"
+        if "triton" in self.targets:
+            result["triton"] = f"put the bundle into Triton's model repository {self.triton}"
         return result
 
     def document(self, source: Source) -> dict[str, Any]:
@@ -57,6 +103,11 @@ class Plan:
             "name": self.name or source.name,
             "version": self.version,
             "bundle": str(self.bundle),
+            "targets": list(self.targets),
+            "precision": self.precision,
+            "fold_router": self.fold_router,
+            "max_drop": self.max_drop,
+            "repository": str(self.triton) if "triton" in self.targets else None,
             "passes": source.dropout.passes,
             "steps": list(self.steps(source).values()),
         }

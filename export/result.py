@@ -12,6 +12,7 @@ from rich.table import Table
 
 from trivium.runtime.bundle import MANIFEST, Bundle, File, digest
 
+from .drift import Drift
 from .parity import Difference, worst
 
 
@@ -21,12 +22,16 @@ class Result:
 
     bundle: Bundle
     parity: Sequence[Difference]
+    drift: Drift | None = None
+    """Of a lower precision."""
+    repository: Sequence[Path] = ()
+    """Files written into Triton's model repository."""
 
     def files(self) -> list[File]:
         """Everything that was written, the manifest included; paths as a user of this directory gives them."""
         root, manifest = self.bundle.path, self.bundle.path / MANIFEST
         listed = [file.model_copy(update={"path": str(root / file.path)}) for file in self.bundle.manifest.files]
-        return [*listed, measured(manifest)]
+        return [*listed, measured(manifest), *map(measured, self.repository)]
 
     def document(self) -> dict[str, Any]:
         """For machines."""
@@ -38,19 +43,28 @@ class Result:
             "router": manifest.router.default,
             "artefacts": [file.model_dump() for file in self.files()],
             "parity": [row._asdict() for row in self.parity],
+            "precision": manifest.precision,
+            "drift": self.drift.document() if self.drift else None,
         }
+
+    def nearest(self) -> str:
+        """The row of the parity table that comes nearest to its limit, and what a lower precision costs."""
+        precision = self.bundle.manifest.precision
+        cost = f"; {precision}: top-1 drop {self.drift.drop:.2f}, KL {self.drift.kl_mean:.4f}" if self.drift else ""
+        return f"{worst(self.parity)}{cost}"
 
     def table(self) -> Table:
         """For people."""
         result = Table(title="artefacts", title_justify="left", box=SIMPLE_HEAD)
-        result.add_column("file", overflow="fold")
+        result.add_column("file", no_wrap=True)
         result.add_column("bytes", justify="right", no_wrap=True)
         result.add_column("SHA-256", no_wrap=True)
         result.add_column("parity: nearest to its limit", overflow="fold")
         model = self.bundle.model_path
         for file in self.files():
-            parity = str(worst(self.parity)) if Path(file.path) == model else ""
-            result.add_row(file.path, f"{file.size:,}", file.sha256[:16], parity)
+            result.add_row(
+                file.path, f"{file.size:,}", file.sha256[:16], self.nearest() if Path(file.path) == model else ""
+            )
         return result
 
 

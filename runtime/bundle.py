@@ -145,6 +145,22 @@ class Plan(Strict):
     max_batch: Annotated[int, Field(ge=1, le=4096)]
 
 
+class Quantization(Strict):
+    """How the backbone came to int8, and what that changed."""
+
+    weights: Literal["int8"] = "int8"
+    """Per output channel."""
+    activations: Literal["uint8", "int8"]
+    method: Literal["entropy"]
+    """By which the ranges of the activations were chosen."""
+    pictures: Annotated[int, Field(ge=1)]
+    """Real ones that the ranges were measured on."""
+    data: str
+    """Where those came from, in words."""
+    float_layers: list[str]
+    """Weighted layers that stayed float32."""
+
+
 class FoldedRouter(Strict):
     """The default router inside the graph: its outputs `routed_probabilities`, `class_id` and `head`."""
 
@@ -179,6 +195,11 @@ class Manifest(Strict):
     """An .npz with `image` (the graph's input) and the graph's outputs, which a server repeats before it is ready."""
     plans: Annotated[list[Plan], Field(max_length=64)] = []
     """Engines compiled beforehand; a server runs one only where it is told to."""
+    precision: Literal["fp32", "fp16", "int8"] = "fp32"
+    """Of the backbone in the graph; the heads are float32."""
+    quantization: Quantization | None = None
+    drift: dict[str, Finite] = {}
+    """What a lower precision changed in the answers to pictures that its calibration never saw, by name."""
     folded_router: FoldedRouter | None = None
     """For servers that run the graph without this package, which never asks for those outputs."""
     tolerances: dict[str, Finite] = {}
