@@ -6,6 +6,7 @@ import logging
 import warnings
 
 import onnx
+from onnx import TensorProto
 
 from .graph import DOMAIN, IR_VERSION, OP_TYPE
 
@@ -13,7 +14,8 @@ from .graph import DOMAIN, IR_VERSION, OP_TYPE
 def half_precision(model: onnx.ModelProto) -> onnx.ModelProto:
     """A copy whose backbone, from the input to the features that enter MCHeads, has float16 weights and arithmetic.
 
-    Inputs and outputs keep their types. Weights beyond float16's range are cut to it.
+    Inputs and outputs keep their types. Weights beyond float16's range are cut to it. A backbone that is float16
+    already stays as it is.
 
     Raises: ValueError where the model has no MCHeads node.
     """
@@ -24,13 +26,17 @@ def half_precision(model: onnx.ModelProto) -> onnx.ModelProto:
         raise ValueError(f"the model has no {OP_TYPE} node")
     features = heads.input[0]
     front, back = _split(model.graph, features)
+    used = {name for node in front for name in node.input}
+    if any(i.name in used and i.data_type == TensorProto.FLOAT16 for i in model.graph.initializer):
+        result = onnx.ModelProto()
+        result.CopyFrom(model)
+        return result
 
     backbone = onnx.ModelProto()
     backbone.CopyFrom(model)
     del backbone.functions[:], backbone.graph.node[:], backbone.graph.output[:], backbone.graph.initializer[:]
     del backbone.graph.value_info[:]
     backbone.graph.node.extend(front)
-    used = {name for node in front for name in node.input}
     backbone.graph.initializer.extend(i for i in model.graph.initializer if i.name in used)
     inferred = onnx.shape_inference.infer_shapes(backbone)
     backbone.graph.output.extend(value for value in inferred.graph.value_info if value.name == features)

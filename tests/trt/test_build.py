@@ -180,6 +180,9 @@ def test_half_precision_is_of_the_backbone_alone(tiny_bundle: Path, some_picture
         assert [o.type.tensor_type.elem_type for o in half.graph.output] == [TensorProto.FLOAT] * 5
         for a, b in zip(answers(half, some_pictures), answers(model, some_pictures), strict=True):
             assert 0 < np.abs(a - b).max() < 0.02
+    once = half_precision(model)
+    assert half_precision(once) == once
+    assert answers(prepare(once, "fp16"), some_pictures[:1])[0].dtype == np.float32
     with pytest.raises(ValueError, match="no MCHeads node"):
         half_precision(one_node("Relu"))
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import shutil
 import sys
 import threading
 from collections.abc import Callable
@@ -14,13 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 from numpy.typing import NDArray
 
+from trivium.export.router_graph import fold_router
 from trivium.kernels import HeadStatistics
 from trivium.runtime import engines
-from trivium.runtime.bundle import open_bundle
+from trivium.runtime.bundle import open_bundle, seal
 from trivium.runtime.config import Settings
 from trivium.runtime.device import card
 from trivium.runtime.engine import Engine
@@ -56,6 +59,20 @@ def test_every_picture_gets_its_own_answer(planned: Planned, some_pictures: NDAr
     assert (engine.device, engine.kernels) == ("cuda", "tensorrt")
     assert "model.plan: TensorRT 11.4.0.106, fp32, NVIDIA Fake 100" in engine.kernels_reason
     engine.self_test()
+
+
+def test_the_outputs_of_a_folded_router_are_left_on_the_card(
+    planned: Planned, machine: Machine, tiny_bundle: Path, tmp_path: Path, some_pictures: NDArray[np.uint8]
+) -> None:
+    root = tmp_path / "folded"
+    shutil.copytree(tiny_bundle, root)
+    bundle = open_bundle(root)
+    folded = fold_router(onnx.load(bundle.model_path), bundle.manifest, "float32")
+    bundle.model_path.write_bytes(folded.SerializeToString())
+    seal(root, bundle.manifest)
+    engine = TensorRTEngine(open_bundle(planned(source=root)), lanes=1)
+    assert len(machine.device) == 7 + len(folded.graph.output) - 5
+    same(engine.run(some_pictures), Engine(bundle, kernels="off").run(some_pictures))
 
 
 def test_a_size_is_captured_once_and_then_launched(
