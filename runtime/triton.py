@@ -8,6 +8,7 @@ that a bad picture fails alone. `backend` is triton_python_backend_utils, which 
 from __future__ import annotations
 
 import json
+import traceback
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -64,6 +65,9 @@ class Model:
             device="cuda" if parameters["device"] == "cuda" else "cpu",
             engine="auto",
         )
+        # Triton's warm-up asks the same; a failure there would take tritonserver 2.51 down with all its models
+        size = self.predictor.manifest.preprocessing
+        self.predictor.infer(np.zeros((size.height, size.width, 3), np.uint8))
         self.counted = ModelMetrics(self.backend, self.predictor.manifest)
         # pictures of Triton's making, which come before any of a client's, and which no metric should show
         self.warmups = sum(max(1, sample["count"]) for sample in config["model_warmup"])
@@ -96,8 +100,8 @@ class Model:
             if given == [IMAGE]:
                 return Pictures(array, [0] * len(array), router)
             return self._decode(array.ravel().tolist(), router)
-        except TriviumError as error:
-            return error
+        except Exception as error:
+            return self._known(error)
 
     def _decode(self, encoded: Sequence[bytes], router: str | None) -> Pictures:
         images, times = [], []
@@ -118,8 +122,8 @@ class Model:
         start = perf_counter_ns()
         try:
             statistics = self.predictor.engine.run(images)
-        except TriviumError as error:
-            return [error] * len(asked)
+        except Exception as error:
+            return [self._known(error)] * len(asked)
         compute_ns = (perf_counter_ns() - start) // len(images)
         rows = iter(range(len(images)))
         answers: list[list[Prediction] | TriviumError] = []
@@ -136,13 +140,20 @@ class Model:
                         for row, decode_ns in zip(own, one.decode_ns, strict=True)
                     ]
                 )
-            except TriviumError as error:
-                answers.append(error)
+            except Exception as error:
+                answers.append(self._known(error))
         if self.warmups:
             self.warmups -= 1
         else:
             self.counted.add([one for answer in answers if isinstance(answer, list) for one in answer])
         return answers
+
+    def _known(self, error: Exception) -> TriviumError:
+        """An error that a client may read; of one that nobody foresaw Triton would send the traceback."""
+        if isinstance(error, TriviumError):
+            return error
+        self.backend.Logger.log_error("".join(traceback.format_exception(error)))
+        return EngineError("the request could not be answered; the server's log says why")
 
     def _response(self, request: Any, answer: list[Prediction] | TriviumError) -> Any:
         backend = self.backend

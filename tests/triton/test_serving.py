@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import shutil
 import subprocess
 import sys
 import threading
@@ -144,7 +143,7 @@ def test_good_pictures_are_answered_among_bad_ones(
 ) -> None:
     server = start(repositories[layout], ["tiny"])
     askers = asking(16, server, layout, some_pictures, expected)
-    time.sleep(3)
+    time.sleep(2)
     outcomes = finish(askers)
     assert outcomes["OK"] > 16
     assert outcomes["StatusCode.INVALID_ARGUMENT"] > 16
@@ -213,18 +212,17 @@ def test_timeouts_and_priorities(busy: tuple[TritonServer, Any], some_pictures: 
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1200)
 def test_reloads_under_load(
     start: Start,
-    repositories: dict[str, Path],
-    single_head_bundle: Path,
+    tiny_bundle: Path,
     build_bundle: Any,
     tmp_path: Path,
     some_pictures: NDArray[np.uint8],
     expected: dict[str, list[Prediction]],
 ) -> None:
     repository = tmp_path / "models"
-    shutil.copytree(repositories["one by one"], repository)
+    write_repository(tiny_bundle, repository, instances=1)
     write_repository(build_bundle(tmp_path / "other", heads=("original",), name="other"), repository, instances=1)
     server = start(repository, ["tiny"])
     process = psutil.Process(server.process.pid)
@@ -232,7 +230,7 @@ def test_reloads_under_load(
     def memory() -> int:
         return sum(one.memory_info().rss for one in (process, *process.children(recursive=True)))
 
-    askers = asking(4, server, "one by one", some_pictures, expected)
+    askers = asking(2, server, "one by one", some_pictures, expected)
     sizes = []
     with triton.InferenceServerClient(server.url) as client:
         for _ in range(20):
@@ -242,8 +240,8 @@ def test_reloads_under_load(
             client.load_model("other")
             client.infer("other", [image_input(some_pictures[:1])])
             client.unload_model("other")
-            end = time.monotonic() + 30
-            while client.is_model_ready("other") or len(process.children()) > 2:
+            end = time.monotonic() + 60
+            while client.is_model_ready("other") or len(process.children()) > 1:
                 assert time.monotonic() < end, "the old instances did not end"
                 time.sleep(0.05)
             sizes.append(memory())
