@@ -69,7 +69,7 @@ sanitize:  ## the CPU kernels under the address and undefined-behaviour sanitize
 
 test-triton: venv  ## the exported model repository in a real tritonserver, which is installed into build/triton
 	$(BIN)/python -m tests.triton.server
-	$(BIN)/python -m pytest tests/triton tests/integration/test_protocol.py
+	$(BIN)/python -m pytest -m "" tests/triton tests/integration/test_protocol.py
 
 gpu-check:  ## on a machine with a card: build, check and time the CUDA kernels (kernels/GPU.md)
 	PYTHONPATH=.namespace $(PYTHON) -m tests.gpu_check
