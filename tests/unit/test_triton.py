@@ -84,9 +84,10 @@ class Cell:
 class Backend:
     """What of triton_python_backend_utils the model uses."""
 
-    Tensor, InferenceResponse, TritonError = Tensor, Response, Error
+    InferenceResponse, TritonError = Response, Error
 
     def __init__(self) -> None:
+        self.Tensor = Tensor
         self.log: list[str] = []
         self.Logger = self
         self.MetricFamily = type("MetricFamily", (Family,), {"cells": {}})
