@@ -79,7 +79,7 @@ def measure(model: str, given: argparse.Namespace) -> list[report.Row]:
         for name, make in candidates(bundle, picture, given).items():
             print(f"starting {name} for {model}", flush=True)
             try:
-                up.append(stack.enter_context(servers.running(make(), program, folder / "serving")))
+                up.append(stack.enter_context(servers.running(make(), program, program.parent / bundle.name)))
             except servers.Unavailable as error:
                 print(f"{name} is left out: {error}", flush=True)
         idle = dict(zip(up, idle_percent(up), strict=True))

@@ -73,6 +73,9 @@ def peer(name: str, folder: Path, bundle: Path, workers: int, picture: Picture, 
         ),
         "Ray Serve": ("/", lambda port: [python, str(APPS / "ray_app.py"), str(port)]),
     }
+    if name == "Ray Serve":
+        # its own choice for throughput, save that clients would have to find the replicas' ports themselves
+        variables |= {"RAY_SERVE_THROUGHPUT_OPTIMIZED": "1", "RAY_SERVE_ENABLE_DIRECT_INGRESS": "0"}
     path, command = commands[name]
     return Server(name, "http", command, picture.pixels.tobytes(), _read_raw(expected), expected, path, RAW, variables)
 

@@ -24,7 +24,7 @@ from . import load
 from .pictures import Picture
 
 INFER = "/inference.GRPCInferenceService/ModelInfer"
-START_SECONDS = 90.0
+START_SECONDS = 120.0
 STOP_SECONDS = 15.0
 TOLERANCE = 1e-4
 """Of probabilities and nats: other workers run the same kernels on the same picture."""
@@ -176,10 +176,10 @@ def _first_answer(server: Running, program: Path, end: float, log: Path) -> byte
         except load.LoadFailed as error:
             reason = str(error)
         if server.ended:
-            raise Unavailable(f"it ended at once; see {log}")
+            raise Unavailable(f"it ended before it answered; see {log}")
         if time.monotonic() > end:
             raise Unavailable(f"no answer within {START_SECONDS:g} s ({reason}); see {log}")
-        time.sleep(0.02)
+        time.sleep(0.05)
 
 
 def free_port() -> int:
