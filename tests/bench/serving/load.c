@@ -70,7 +70,7 @@ typedef struct {
 
 static bool is_grpc, closed_loop, poisson;
 static int connections, streams_each, epoll_fd, timer_fd;
-static double rate, begin, end, next_arrival;
+static double rate, end, next_arrival;
 static uint8_t *body;
 static size_t body_size;
 static uint8_t first_head[1024], later_head[16];
@@ -167,8 +167,8 @@ static void flush(Connection *c) {
     for (;;) {
         if (c->iov_at == c->iovs) fill(c);
         if (c->iovs == 0) return;
-        ssize_t n = sendmsg(c->fd, &(struct msghdr){.msg_iov = c->iov + c->iov_at, .msg_iovlen = (size_t)(c->iovs - c->iov_at)},
-                            MSG_NOSIGNAL);
+        struct msghdr message = {.msg_iov = c->iov + c->iov_at, .msg_iovlen = (size_t)(c->iovs - c->iov_at)};
+        ssize_t n = sendmsg(c->fd, &message, MSG_NOSIGNAL);
         if (n < 0 && errno == EAGAIN) return;
         if (n < 0) die("the server closed a connection: %s", strerror(errno));
         for (; n > 0 && (size_t)n >= c->iov[c->iov_at].iov_len; c->iov_at++) n -= (ssize_t)c->iov[c->iov_at].iov_len;
@@ -357,9 +357,9 @@ static void prepare(const char *host, const char *port, const char *path, const 
     snprintf(authority, sizeof authority, "%s:%s", host, port);
     if (strlen(path) > 120 || strlen(content_type) > 100) die("the path or the content type is too long");
     if (!is_grpc) {
-        first_head_size = (size_t)snprintf((char *)first_head, sizeof first_head,
-                                           "POST %s HTTP/1.1\r\nHost: %s\r\nContent-Type: %s\r\nContent-Length: %zu\r\n\r\n",
-                                           path, authority, content_type, body_size);
+        const char *head = "POST %s HTTP/1.1\r\nHost: %s\r\nContent-Type: %s\r\nContent-Length: %zu\r\n\r\n";
+        first_head_size = (size_t)snprintf((char *)first_head, sizeof first_head, head, path, authority, content_type,
+                                           body_size);
         return;
     }
     uint8_t *p = first_head;
@@ -379,7 +379,7 @@ static void read_body(const char *name) {
     fseek(file, 0, SEEK_END);
     size_t size = (size_t)ftell(file), prefix = is_grpc ? 5 : 0;
     rewind(file);
-    body = malloc(size + prefix);
+    if (!(body = malloc(size + prefix))) die("out of memory");
     body[0] = 0;
     if (is_grpc) put32(body + 1, (uint32_t)size);
     if (fread(body + prefix, 1, size, file) != size) die("%s: cannot be read", name);
@@ -419,7 +419,7 @@ static double cpu_seconds(void) {
 
 static void run(double seconds) {
     double cpu = cpu_seconds();
-    begin = next_arrival = now();
+    double begin = next_arrival = now();
     end = begin + seconds;
     for (int i = 0; i < streams_each; i++)
         for (int j = 0; j < connections; j++) {
@@ -440,9 +440,8 @@ static void run(double seconds) {
             else arrivals();
         }
     }
-    printf("{\"answered\": %zu, \"failed\": %zu, \"seconds\": %.6f, \"rps\": %.3f, \"client_cpu_ms\": %.6f, \"reason\": \"%s\"}\n",
-           answered, failed, now() - begin, (double)in_time / seconds,
-           1e3 * (cpu_seconds() - cpu) / (double)(answered + failed), reason);
+    printf("{\"answered\": %zu, \"failed\": %zu, \"rps\": %.3f, \"client_cpu_ms\": %.6f, \"reason\": \"%s\"}\n", answered,
+           failed, (double)in_time / seconds, 1e3 * (cpu_seconds() - cpu) / (double)(answered + failed), reason);
 }
 
 int main(int count, char **argument) {

@@ -77,7 +77,7 @@ def peer(name: str, folder: Path, bundle: Path, workers: int, picture: Picture, 
         # its own choice for throughput, save that clients would have to find the replicas' ports themselves
         variables |= {"RAY_SERVE_THROUGHPUT_OPTIMIZED": "1", "RAY_SERVE_ENABLE_DIRECT_INGRESS": "0"}
     path, command = commands[name]
-    return Server(name, "http", command, picture.pixels.tobytes(), _read_raw(expected), expected, path, RAW, variables)
+    return Server(name, "http", command, picture.pixels.tobytes(), read_raw(expected), expected, path, RAW, variables)
 
 
 def _tritonserver() -> Installation:
@@ -135,7 +135,9 @@ def _mlserver_command(binaries: Path, folder: Path, model: str, workers: int) ->
     return command
 
 
-def _read_raw(expected: Answer) -> Callable[[bytes], Answer]:
+def read_raw(expected: Answer) -> Callable[[bytes], Answer]:
+    """Tells outputs apart that lie behind one another in a body."""
+
     def read(body: bytes) -> Answer:
         values, found, at = np.frombuffer(body, np.float32), {}, 0
         for name, like in expected.items():
@@ -150,7 +152,7 @@ def _read_mlserver(expected: Answer) -> Callable[[bytes], Answer]:
     def read(body: bytes) -> Answer:
         response = service_pb2.ModelInferResponse.FromString(body[5:])
         if response.raw_output_contents:
-            return _read_raw(expected)(response.raw_output_contents[0][4:])
-        return _read_raw(expected)(response.outputs[0].contents.bytes_contents[0])
+            return read_raw(expected)(response.raw_output_contents[0][4:])
+        return read_raw(expected)(response.outputs[0].contents.bytes_contents[0])
 
     return read
