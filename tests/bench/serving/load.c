@@ -440,8 +440,9 @@ static void run(double seconds) {
             else arrivals();
         }
     }
-    printf("{\"answered\": %zu, \"failed\": %zu, \"rps\": %.3f, \"client_cpu_ms\": %.6f, \"reason\": \"%s\"}\n", answered,
-           failed, (double)in_time / seconds, 1e3 * (cpu_seconds() - cpu) / (double)(answered + failed), reason);
+    printf("{\"answered\": %zu, \"failed\": %zu, \"rps\": %.3f, \"client_cpu_ms\": %.6f, \"reason\": \"%s\"}\n",
+           answered, failed, (double)in_time / seconds, 1e3 * (cpu_seconds() - cpu) / (double)(answered + failed),
+           reason);
 }
 
 int main(int count, char **argument) {
