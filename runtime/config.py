@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from .bundle import Strict, printable
 from .engines import EngineChoice
@@ -41,7 +41,7 @@ class Settings(Strict):
     http_port: Annotated[Port, Field(description="/metrics, /healthz, /readyz; 0 lets the system choose")] = 8002
     instances: Annotated[
         Annotated[int, Field(ge=1, le=1024)] | None,
-        Field(description="worker threads, each with one picture at a time; default: the CPUs this process may use"),
+        Field(description="worker threads; default: the CPUs this process may use, each with a picture; 1 on a GPU"),
     ] = None
     kernels: Annotated[
         Literal["auto", "on", "off"], Field(description="fused kernels: auto falls back to the graph's own function")
@@ -62,6 +62,22 @@ class Settings(Strict):
         Field(description="what carries gRPC: this server's own HTTP/2, or gRPC's; auto takes gRPC's for TLS"),
     ] = "auto"
     max_batch: Annotated[Count, Field(description="most pictures in one request")] = 64
+    batch: Annotated[
+        Annotated[int, Field(ge=1, le=1024)] | None,
+        Field(description="most pictures that run together; default: 1 on CPUs, where more are slower, 16 on a GPU"),
+    ] = None
+    max_delay_ms: Annotated[
+        Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)] | None,
+        Field(description="longest that a picture waits for others to run with it; default: 0 on CPUs, 1 on a GPU"),
+    ] = None
+    preferred_batches: Annotated[
+        tuple[Count, ...],
+        BeforeValidator(lambda value: value.split(",") if isinstance(value, str) else value),
+        Field(description="sizes that batches have rather than others, such as 4,8,16"),
+    ] = ()
+    shed_late: Annotated[
+        bool, Field(description="refuse at once, RESOURCE_EXHAUSTED, what would wait beyond its own deadline")
+    ] = False
     max_queue: Annotated[Count, Field(description="most pictures waiting; beyond it RESOURCE_EXHAUSTED")] = 256
     max_message_bytes: Annotated[Bytes, Field(description="longest request message")] = 64 << 20
     # gRPC and the message's parser hold a copy each, so the process may need three times as much

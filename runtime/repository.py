@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 
+from .batch import Batch
 from .bundle import Manifest
 from .errors import ConfigError, InvalidRequest, UnknownModel
 from .metrics import Metrics
@@ -14,10 +15,12 @@ from .predictor import Predictor
 class Served:
     """A predictor that takes requests, or finishes those it took."""
 
-    __slots__ = ("counted", "in_flight", "last_ms", "predictor")
+    __slots__ = ("counted", "in_flight", "last_ms", "predictor", "together")
 
     def __init__(self, predictor: Predictor, metrics: Metrics) -> None:
         self.predictor = predictor
+        self.together = Batch(predictor)
+        """Answers pictures of several requests at once."""
         self.counted = metrics.model(predictor)
         self.in_flight = 0
         """Requests not yet answered."""

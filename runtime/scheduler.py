@@ -2,7 +2,9 @@
 
 Each worker takes one picture at a time from the one queue, so that no worker drains it while another idles, and a
 request of many pictures is spread over all of them. Workers go round the models that wait, and within a model round
-its requests: a large request shares the workers with small ones instead of holding them up.
+its requests: a large request shares the workers with small ones instead of holding them up. Where the engine answers
+pictures cheaper together, as a GPU does, a worker takes a batch, of a model's requests in the same turns, and never
+more than its share of what waits while others idle.
 """
 
 from __future__ import annotations
@@ -10,9 +12,9 @@ from __future__ import annotations
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from time import monotonic, perf_counter_ns
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from .errors import DeadlineExceeded, EngineError, QueueFull, ShuttingDown, TriviumError
 from .logs import about
@@ -33,11 +35,14 @@ class Job(Generic[T]):
         lane: what it shares fairly with others, the model's name.
         priority: URGENT goes before NORMAL, always.
         deadline: of time.monotonic(); past it no further picture of the job runs.
+        together: answers several pictures at once, an answer or an error for each; those of jobs with an equal one may
+            share a call. None where they may not.
+        payload: for `together`, what its pictures are.
     """
 
     __slots__ = (
-        "deadline", "done", "entered_ns", "error", "lane", "nbytes", "next", "priority", "queue_ns", "results", "run",
-        "running", "settled", "size",
+        "deadline", "done", "entered_ns", "error", "lane", "nbytes", "next", "payload", "priority", "queue_ns",
+        "results", "run", "running", "settled", "size", "together",
     )  # fmt: skip
 
     def __init__(
@@ -50,6 +55,8 @@ class Job(Generic[T]):
         lane: str = "",
         priority: int = NORMAL,
         deadline: float | None = None,
+        together: Together[T] | None = None,
+        payload: Any = None,
     ) -> None:
         self.size = size
         self.run = run
@@ -58,6 +65,8 @@ class Job(Generic[T]):
         self.lane = lane
         self.priority = priority
         self.deadline = deadline
+        self.together = together
+        self.payload = payload
         self.results: list[T | None] = [None] * size
         self.error: TriviumError | None = None
         self.entered_ns = 0
@@ -73,6 +82,9 @@ class Job(Generic[T]):
         return self.size - self.next
 
 
+Pictures = list[tuple[Job[T], int]]
+"""A batch: jobs, and which of each one's pictures."""
+Together = Callable[[list[tuple["Job[T]", int]]], Sequence[T | TriviumError]]
 Level = OrderedDict[str, "OrderedDict[Job, None]"]  # type: ignore[type-arg]
 
 
@@ -83,12 +95,34 @@ class Scheduler:
         instances: worker threads.
         capacity: most pictures waiting.
         max_bytes: most bytes of pictures waiting or running.
+        batch: most pictures that a worker answers together.
+        max_delay: seconds that a picture may wait for others to share its batch.
+        preferred: sizes that batches have rather than others, such as those an engine is compiled for.
+        shed_late: refuse at once what the queue's wait would make miss its deadline.
     """
 
-    def __init__(self, instances: int, capacity: int, max_bytes: int = 1 << 62) -> None:
+    def __init__(
+        self,
+        instances: int,
+        capacity: int,
+        max_bytes: int = 1 << 62,
+        *,
+        batch: int = 1,
+        max_delay: float = 0.0,
+        preferred: Sequence[int] = (),
+        shed_late: bool = False,
+    ) -> None:
         self.instances = instances
         self.capacity = capacity
         self.max_bytes = max_bytes
+        self.batch = batch
+        self.max_delay = max_delay
+        self._preferred = sorted(size for size in preferred if size <= batch)
+        self._shed_late = shed_late
+        self._each = 0.0
+        """Seconds that a picture takes a worker, of late."""
+        self._busy = 0
+        """Workers that answer pictures."""
         self.depth = 0
         """Pictures waiting."""
         self.running = 0
@@ -125,10 +159,13 @@ class Scheduler:
                     f"the server is full: requests hold {self.nbytes} bytes, {self.max_bytes} may be held, "
                     f"the request has {job.nbytes}"
                 )
+            if self._shed_late and job.deadline is not None:
+                self._check_wait(job, job.deadline)
             self.depth += job.size
             self.nbytes += job.nbytes
             self._levels[job.priority].setdefault(job.lane, OrderedDict())[job] = None
-            self._changed.notify(min(job.size, self.instances))
+            # one that gathers a batch may be woken in place of one that idles
+            self._changed.notify(self.instances if self.max_delay > 0 else min(job.size, self.instances))
 
     def remove(self, job: Job[T], error: TriviumError) -> bool:
         """Take a job out, for a client that left or a deadline that passed: it is done now, with `error`.
@@ -161,42 +198,89 @@ class Scheduler:
             thread.join(None if end is None else max(0.0, end - monotonic()))
 
     def _work(self) -> None:
-        while (taken := self._take()) is not None:
-            job, index = taken
-            error: TriviumError | None = None
-            try:
-                job.results[index] = job.run(index)
-            except TriviumError as known:
-                error = known
-            except Exception:  # a worker must outlive whatever one picture does to it
-                _log.exception("a picture failed", extra=about(model=job.lane))
-                error = EngineError("the picture could not be answered; the server's log says why")
+        while taken := self._take():
+            start = monotonic()
+            outcomes = self._run(taken)
+            finished = []
             with self._changed:
-                self.running -= 1
-                job.running -= 1
-                finished = self._settle(job, error) if error is not None or self._complete(job) else False
-                if job.running == 0 and job.waiting == 0:
-                    self._release(job)
-            if finished:
+                self._busy -= 1
+                self.running -= len(taken)
+                each = (monotonic() - start) / len(taken)
+                self._each = each if self._each == 0 else 0.9 * self._each + 0.1 * each
+                for (job, index), outcome in zip(taken, outcomes, strict=True):
+                    error = outcome if isinstance(outcome, TriviumError) else None
+                    if error is None:
+                        job.results[index] = outcome
+                    job.running -= 1
+                    if (error is not None or self._complete(job)) and self._settle(job, error):
+                        finished.append(job)
+                    if job.running == 0 and job.waiting == 0:
+                        self._release(job)
+            for job in finished:
                 job.done(job)
-            # a thread that waits must not keep the last request alive
-            del job, taken
+            # a thread that waits must not keep the last requests alive
+            del job, taken, outcomes, outcome, finished
 
-    def _take(self) -> tuple[Job, int] | None:  # type: ignore[type-arg]
-        """The next picture, or None at the end."""
+    @staticmethod
+    def _run(taken: Pictures[Any]) -> Sequence[Any]:
+        job, index = taken[0]
+        try:
+            if len(taken) > 1:
+                assert job.together is not None
+                return job.together(taken)
+            return [job.run(index)]
+        except TriviumError as known:
+            error = known
+        except Exception:  # a worker must outlive whatever one picture does to it
+            _log.exception("a picture failed", extra=about(model=job.lane))
+            error = EngineError("the picture could not be answered; the server's log says why")
+        return [error] * len(taken)
+
+    def _take(self) -> Pictures[Any]:
+        """The next pictures; none at the end."""
         while True:
+            expired: list[Job[Any]] = []
+            taken: Pictures[Any] = []
             with self._changed:
                 job = self._next()
                 while job is None:
                     if self._closed:
-                        return None
+                        return []
                     self._changed.wait()
                     job = self._next()
-                if job.deadline is None or job.deadline > monotonic():
-                    return job, self._start(job)
-                expired = self._settle(job, DeadlineExceeded("the request's deadline passed while it waited"))
-            if expired:
-                job.done(job)
+                if self.batch == 1 or job.together is None:
+                    self._start(job, taken, expired)
+                elif self._gathered(job):
+                    self._start_batch(job, taken, expired)
+                self._busy += bool(taken)
+            for late in expired:
+                late.done(late)
+            if taken:
+                return taken
+
+    def _gathered(self, job: Job[Any]) -> bool:
+        """Whether a batch that begins with a job may run now; waits a little where it may not, and others may run."""
+        if self.max_delay <= 0 or self._closed:
+            return True
+        left = self.max_delay - (perf_counter_ns() - job.entered_ns) * 1e-9
+        wanted = self._preferred[-1] if self._preferred else self.batch
+        if left <= 0 or sum(other.waiting for other in self._sharing(job)) >= wanted:
+            return True
+        self._changed.wait(left)
+        return False
+
+    def _start_batch(self, job: Job[Any], taken: Pictures[Any], expired: list[Job[Any]]) -> None:
+        waiting = sum(other.waiting for other in self._sharing(job))
+        idle = self.instances - self._busy
+        size = min(self.batch, -(-waiting // idle))
+        size = max((fitting for fitting in self._preferred if fitting <= size), default=size)
+        while len(taken) < size and (sharing := self._sharing(job)):
+            self._start(sharing[0], taken, expired)
+
+    def _sharing(self, job: Job[Any]) -> list[Job[Any]]:
+        """Waiting jobs whose pictures may be answered together with a job's, in their order."""
+        jobs = self._levels[job.priority].get(job.lane, ())
+        return [other for other in jobs if other.together == job.together]
 
     def _next(self) -> Job | None:  # type: ignore[type-arg]
         for level in self._levels:
@@ -204,7 +288,12 @@ class Scheduler:
                 return next(iter(jobs))
         return None
 
-    def _start(self, job: Job[T]) -> int:
+    def _start(self, job: Job[T], taken: Pictures[Any], expired: list[Job[Any]]) -> None:
+        """Take up a job's next picture, or end the job where it is too late."""
+        if job.deadline is not None and job.deadline <= monotonic():
+            if self._settle(job, DeadlineExceeded("the request's deadline passed while it waited")):
+                expired.append(job)
+            return
         index = job.next
         if index == 0:
             job.queue_ns = perf_counter_ns() - job.entered_ns
@@ -221,7 +310,18 @@ class Scheduler:
             self._leave(job)
             if job.lane in level:
                 level.move_to_end(job.lane)
-        return index
+        taken.append((job, index))
+
+    def _check_wait(self, job: Job[T], deadline: float) -> None:
+        before = sum(
+            other.waiting for level in self._levels[: job.priority + 1] for jobs in level.values() for other in jobs
+        )
+        seconds = (before + job.size) * self._each / self.instances
+        if monotonic() + seconds > deadline:
+            raise QueueFull(
+                f"the answer would come too late: {before} pictures wait before it, and the request's deadline leaves "
+                f"{max(0.0, deadline - monotonic()):.3f} s of about {seconds:.3f} s"
+            )
 
     def _leave(self, job: Job[T]) -> None:
         level = self._levels[job.priority]

@@ -38,6 +38,8 @@ SERVICES = tuple(
     module.DESCRIPTOR.services_by_name[name].full_name
     for module, name in ((service_pb2, "GRPCInferenceService"), (health_pb2, "Health"))
 )
+GPU_BATCH, GPU_DELAY_MS = 16, 1.0
+"""A card answers pictures cheaper together than one by one. These two were never tuned on one."""
 FLUSH_SECONDS = 0.25
 """After the last answer was given to gRPC, how long it has to send it."""
 MIN_PING_SECONDS = 10
@@ -87,8 +89,18 @@ class Server:
         if not settings.bundles and settings.repository is None:
             raise ConfigError("no bundle to serve; name at least one directory, or a --repository")
         self.settings = settings
-        self.instances = settings.instances or usable_cpus()
-        self.scheduler = Scheduler(self.instances, settings.max_queue, settings.max_queue_bytes)
+        on_cpu = settings.device == "cpu"
+        self.instances = settings.instances or (usable_cpus() if on_cpu else 1)
+        delay_ms = settings.max_delay_ms
+        self.scheduler = Scheduler(
+            self.instances,
+            settings.max_queue,
+            settings.max_queue_bytes,
+            batch=settings.batch or (1 if on_cpu else GPU_BATCH),
+            max_delay=1e-3 * (delay_ms if delay_ms is not None else 0.0 if on_cpu else GPU_DELAY_MS),
+            preferred=settings.preferred_batches,
+            shed_late=settings.shed_late,
+        )
         self.metrics = Metrics(scheduler_gauges(self.scheduler), lambda: self.scheduler.executed)
         self.repository = Repository(self.metrics)
         self.health = Health()
@@ -113,10 +125,20 @@ class Server:
 
     def _transport(self) -> Any:
         settings = self.settings
-        if self._credentials is None and settings.transport != "grpc":
+        if self._credentials is not None:
+            if settings.transport == "http2":
+                raise ConfigError("transport http2 has no TLS; leave transport at auto, or TLS to a proxy")
+            return grpc.aio.server(options=grpc_options(settings))
+        if settings.transport == "grpc":
+            return grpc.aio.server(options=grpc_options(settings))
+        try:
             limits = http2.Limits(settings.max_message_bytes, settings.max_queue_bytes, settings.max_streams)
             return Http2Server(limits, settings.keepalive_seconds, settings.connection_age_seconds)
-        return grpc.aio.server(options=grpc_options(settings))
+        except OSError as error:
+            if settings.transport == "http2":
+                raise ConfigError(f"transport http2: {error}") from None
+            _log.warning("gRPC's own transport serves, which costs more CPU: %s", error)
+            return grpc.aio.server(options=grpc_options(settings))
 
     async def load(self) -> None:
         """Open, verify, start and self-test every bundle.

@@ -14,12 +14,13 @@ import grpc
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from . import wire
+from .batch import Asked, answer
 from .errors import DeadlineExceeded, EngineError, InvalidRequest, QueueFull, ShuttingDown, TriviumError, UnknownModel
 from .journal import Journal
 from .lifecycle import Lifecycle
 from .logs import about, request_id
 from .metrics import Metrics
-from .predictor import Prediction, Predictor
+from .predictor import Prediction
 from .repository import Repository, Served
 from .scheduler import Job, Scheduler
 from .status import abort
@@ -94,7 +95,7 @@ class Service(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[mi
             if asked.timeout is not None:
                 deadline = min(deadline or float("inf"), monotonic() + asked.timeout)
             starts = self._journal.starts(asked.size) if self._journal is not None else None
-            job = await self._run(predictor, asked, deadline, request.ByteSize(), starts)
+            job = await self._run(served, Asked(asked, starts), deadline, request.ByteSize())
             predictions: list[Prediction] = job.results  # type: ignore[assignment]
             response = wire.write_response(request.id, predictor.manifest, asked.outputs, predictions, job.queue_ns)
         except TriviumError as error:
@@ -210,13 +211,12 @@ class Service(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[mi
 
     async def _run(
         self,
-        predictor: Predictor,
-        asked: wire.Request,
+        served: Served,
+        asked: Asked,
         deadline: float | None,
         nbytes: int,
-        starts: list[int] | None = None,
     ) -> Job[Prediction]:
-        """Queue a request and wait until it is done; `starts` takes when each of its pictures was taken up.
+        """Queue a request and wait until it is done.
 
         Raises: the TriviumError that ended it.
         """
@@ -232,19 +232,17 @@ class Service(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[mi
         def finished(_: Job[Prediction]) -> None:
             loop.call_soon_threadsafe(wake)
 
-        def answer(index: int) -> Prediction:
-            if starts is not None:
-                starts[index] = perf_counter_ns()
-            return _answer(predictor, asked, index, job.queue_ns)
-
+        predictor = served.predictor
         job = Job(
-            asked.size,
-            answer,
+            asked.request.size,
+            lambda index: answer(predictor, asked, index, job.queue_ns),
             finished,
             nbytes=nbytes,
             lane=predictor.manifest.name,
-            priority=asked.priority,
+            priority=asked.request.priority,
             deadline=deadline,
+            together=served.together,
+            payload=asked,
         )
         self._scheduler.submit(job)
         timer: asyncio.TimerHandle | None = None
@@ -339,17 +337,3 @@ def _statistics(served: Served) -> Any:
         field.count, field.ns = count, sums[stage]
     durations.fail.count, durations.fail.ns = counted.failures, sums["fail"]
     return statistics
-
-
-def _answer(predictor: Predictor, asked: wire.Request, index: int, queue_ns: int) -> Prediction:
-    """One picture, in a worker thread."""
-    if asked.images is not None:
-        return predictor.infer(asked.images[index], asked.router, queue_ns=queue_ns)
-    start = perf_counter_ns()
-    try:
-        image = predictor.decode(asked.encoded[index])
-    except TriviumError as error:
-        if asked.size == 1:
-            raise
-        raise type(error)(f"picture {index}: {error}") from None
-    return predictor.infer(image, asked.router, decode_ns=perf_counter_ns() - start, queue_ns=queue_ns)

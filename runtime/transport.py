@@ -440,9 +440,12 @@ class Http2Server:
         limits: what clients may ask for.
         keepalive: seconds of silence after which a client is asked for a sign of life; 0 for never.
         age: seconds after which a connection takes no more calls; 0 for never.
+
+    Raises: OSError where the library of http2 is missing.
     """
 
     def __init__(self, limits: http2.Limits, keepalive: float = 0.0, age: float = 0.0) -> None:
+        http2.library()
         self.limits = limits
         self.keepalive = keepalive
         self.age = age

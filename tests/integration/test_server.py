@@ -57,6 +57,30 @@ def test_answers_are_the_predictors_bit_for_bit_whatever_runs_beside(
         list(pool.map(ask, range(8)))
 
 
+@pytest.mark.parametrize("transport", ["http2", "grpc"])
+def test_pictures_that_run_together_have_their_own_answers_and_errors(
+    serve: Serve,
+    tiny_bundle: Path,
+    some_pictures: NDArray[np.uint8],
+    expected: list[tuple[Any, ...]],
+    transport: str,
+) -> None:
+    server = serve(
+        tiny_bundle, "--transport", transport, "--instances", "1", "--batch", "4", "--max-delay-ms", "20",
+        "--preferred-batches", "2,4",
+    )  # fmt: skip
+
+    def ask(i: int) -> None:
+        if i % 5 == 4:
+            with pytest.raises(InvalidRequest, match="not a JPEG"):
+                client.predict(b"no picture")
+        else:
+            assert [content(one) for one in client.predict(some_pictures[i % 8])] == [expected[i % 8]]
+
+    with Client(server.url, "tiny", "1") as client, ThreadPoolExecutor(16) as pool:
+        list(pool.map(ask, range(80)))
+
+
 def test_answers_survive_a_restart(
     serve: Serve, tiny_bundle: Path, some_pictures: NDArray[np.uint8], expected: list[tuple[Any, ...]]
 ) -> None:

@@ -270,3 +270,157 @@ def test_under_fire_every_job_is_done_exactly_once_with_its_own_answer(make: Cal
     assert outcomes == {type(None), DeadlineExceeded}
     scheduler.close(10)
     assert (scheduler.depth, scheduler.running, scheduler.nbytes) == (0, 0, 0)
+
+
+class Together:
+    """Work on batches, which notes what ran together; "bad" pictures are errors of their own."""
+
+    def __init__(self) -> None:
+        self.open = threading.Event()
+        self.started = threading.Semaphore(0)
+        self.batches: list[list[tuple[str, int]]] = []
+
+    def __call__(self, pictures: list[tuple[Job[Any], int]]) -> list[Any]:
+        self.batches.append([(job.payload, index) for job, index in pictures])
+        self.started.release()
+        self.open.wait(10)
+        return [InvalidPicture("bad") if job.payload == "bad" else (job.payload, i) for job, i in pictures]
+
+    def job(self, name: str, size: int = 1, **options: Any) -> Job[Any]:
+        def alone(index: int) -> Any:
+            self.batches.append([(name, index)])
+            self.started.release()
+            self.open.wait(10)
+            return name, index
+
+        return finished_job(size, alone, together=self, payload=name, **options)
+
+
+@pytest.fixture
+def batching() -> Iterator[Callable[..., Scheduler]]:
+    made: list[Scheduler] = []
+
+    def build(instances: int = 1, **options: Any) -> Scheduler:
+        made.append(Scheduler(instances, 100, **options))
+        return made[-1]
+
+    yield build
+    for scheduler in made:
+        scheduler.close(10)
+
+
+def test_what_waits_runs_together_and_each_has_its_own_answer(batching: Callable[..., Scheduler]) -> None:
+    scheduler, work = batching(batch=4), Together()
+    jobs = [work.job("first"), work.job("a", 2), work.job("bad"), work.job("b"), work.job("c")]
+    scheduler.submit(jobs[0])
+    assert work.started.acquire(timeout=10)
+    for job in jobs[1:]:
+        scheduler.submit(job)
+    work.open.set()
+    for job in jobs:
+        wait(job)
+    assert [len(batch) for batch in work.batches] == [1, 4, 1]
+    # in turns: no request has two pictures before each has one
+    assert work.batches[1] == [("a", 0), ("bad", 0), ("b", 0), ("c", 0)]
+    assert [job.results for job in jobs if job.error is None] == [
+        [("first", 0)], [("a", 0), ("a", 1)], [("b", 0)], [("c", 0)],
+    ]  # fmt: skip
+    assert isinstance(jobs[2].error, InvalidPicture)
+    assert (scheduler.depth, scheduler.running, scheduler.nbytes) == (0, 0, 0)
+
+
+def test_different_work_is_not_mixed(batching: Callable[..., Scheduler]) -> None:
+    scheduler, one, two = batching(batch=8), Together(), Together()
+    scheduler.submit(one.job("first"))
+    assert one.started.acquire(timeout=10)
+    jobs = [one.job("a"), two.job("b"), one.job("c"), two.job("d"), one.job("u", priority=URGENT)]
+    for job in jobs:
+        scheduler.submit(job)
+    one.open.set()
+    two.open.set()
+    for job in jobs:
+        wait(job)
+    assert one.batches[1:] == [[("u", 0)], [("a", 0), ("c", 0)]]
+    assert two.batches == [[("b", 0), ("d", 0)]]
+
+
+def test_a_picture_waits_for_others_no_longer_than_it_may(batching: Callable[..., Scheduler]) -> None:
+    scheduler, work = batching(batch=3, max_delay=30.0), Together()
+    work.open.set()
+    jobs = [work.job("a"), work.job("b")]
+    for job in jobs:
+        scheduler.submit(job)
+    time.sleep(0.05)
+    assert work.batches == []
+    jobs.append(work.job("c"))
+    scheduler.submit(jobs[-1])
+    for job in jobs:
+        wait(job)
+    assert [len(batch) for batch in work.batches] == [3]
+    impatient = batching(batch=3, max_delay=0.01)
+    lonely = work.job("d")
+    impatient.submit(lonely)
+    wait(lonely)
+    assert lonely.queue_ns >= 10_000_000
+
+
+def test_preferred_sizes_come_first(batching: Callable[..., Scheduler]) -> None:
+    scheduler, work = batching(batch=8, preferred=(2, 4, 16)), Together()
+    scheduler.submit(work.job("first"))
+    assert work.started.acquire(timeout=10)
+    jobs = [work.job(str(i)) for i in range(7)]
+    for job in jobs:
+        scheduler.submit(job)
+    work.open.set()
+    for job in jobs:
+        wait(job)
+    assert [len(batch) for batch in work.batches] == [1, 4, 2, 1]
+
+
+def test_a_worker_takes_no_more_than_its_share(batching: Callable[..., Scheduler]) -> None:
+    scheduler, work = batching(2, batch=8), Together()
+    many = work.job("many", 6)
+    scheduler.submit(many)
+    for _ in range(2):
+        assert work.started.acquire(timeout=10)
+    # both workers have some of it, and nothing waits
+    assert sorted(map(len, work.batches)) == [3, 3]
+    work.open.set()
+    wait(many)
+
+
+def test_what_would_come_too_late_is_refused_at_once(batching: Callable[..., Scheduler]) -> None:
+    scheduler = batching(shed_late=True)
+    slow = finished_job(4, lambda index: time.sleep(0.05))
+    scheduler.submit(slow)
+    wait(slow)
+    queue = [finished_job(1, lambda index: time.sleep(0.05)) for _ in range(10)]
+    for job in queue:
+        scheduler.submit(job)
+    with pytest.raises(QueueFull, match="too late"):
+        scheduler.submit(finished_job(1, lambda index: index, deadline=time.monotonic() + 0.1))
+    unhurried = finished_job(1, lambda index: index, deadline=time.monotonic() + 60)
+    scheduler.submit(unhurried)
+    # what goes before the queue need not wait for it
+    urgent = finished_job(1, lambda index: index, priority=URGENT, deadline=time.monotonic() + 0.3)
+    scheduler.submit(urgent)
+    assert wait(unhurried).error is None
+    assert wait(urgent).error is None
+
+
+def test_a_batch_that_fails_fails_for_all_and_the_worker_lives(batching: Callable[..., Scheduler]) -> None:
+    scheduler, gate = batching(batch=4), Gate()
+    scheduler.submit(gate.job("first"))
+    assert gate.started.acquire(timeout=10)
+
+    def broken(pictures: list[tuple[Job[Any], int]]) -> list[Any]:
+        raise ZeroDivisionError
+
+    jobs = [finished_job(1, lambda index: index, together=broken) for _ in range(3)]
+    for job in jobs:
+        scheduler.submit(job)
+    gate.open.set()
+    assert {type(wait(job).error) for job in jobs} == {EngineError}
+    last = gate.job("last")
+    scheduler.submit(last)
+    assert wait(last).results == [("last", 0)]
