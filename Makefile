@@ -54,6 +54,7 @@ $(RESULTS): build/fashion-mnist/%/results.json: | venv
 
 bench: venv  ## CPU benchmarks into build/bench
 	$(BIN)/python -m tests.bench
+	$(BIN)/python -m tests.bench.precision
 
 bench-peers: venv  ## the same with torch-uncertainty and baal, in an environment of their own
 	$(BIN)/python -m tests.bench --peers

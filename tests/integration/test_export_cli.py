@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -143,6 +144,37 @@ def test_the_plan_comes_first_and_a_dry_run_writes_nothing(run: Run, checkpoint:
     assert all(row["value"] <= row["limit"] for row in document["parity"])
 
 
+def test_int8_a_folded_router_and_a_model_repository_in_one_run(run: Run, checkpoint: Path, tmp_path: Path) -> None:
+    words = ("--precision", "int8", "--fold-router", "--target", "onnx,triton", "--max-drop", "100", "--json")
+    status, out, _ = run(checkpoint, tmp_path / "b", *words)
+    assert status == 0
+    document = json.loads(out)
+    bundle = open_bundle(tmp_path / "b")
+    manifest = bundle.manifest
+    assert (manifest.precision, manifest.quantization and manifest.quantization.activations) == ("int8", "uint8")
+    assert manifest.drift["pictures"] == 30
+    assert document["drift"] == manifest.drift
+    assert manifest.tolerances["folded router - NumPy: head"] == 0
+    assert manifest.folded_router is not None
+    assert manifest.folded_router.router == manifest.router.default
+    model = onnx.load(bundle.model_path)
+    assert [output.name for output in model.graph.output][5:] == ["routed_probabilities", "class_id", "head"]
+    assert any(node.op_type == "QuantizeLinear" for node in model.graph.node)
+    assert (tmp_path / "b-triton" / "digits" / "config.pbtxt").is_file()
+    assert str(tmp_path / "b-triton" / "digits" / "config.pbtxt") in {file["path"] for file in document["artefacts"]}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["b", "b-triton"]
+    Engine(bundle).self_test()
+
+
+def test_tensorrt_where_there_is_none_is_one_line(run: Run, checkpoint: Path, tmp_path: Path) -> None:
+    if find_spec("tensorrt") is not None:
+        pytest.skip("TensorRT is installed")
+    status, _, err = run(checkpoint, tmp_path / "b", "--target", "tensorrt")
+    assert (status, err.count("\n")) == (1, 1)
+    assert "pip install 'trivium[tensorrt]'" in err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_timm_model_becomes_a_bundle_with_one_head(run: Run, tmp_path: Path) -> None:
     weights, labels = tmp_path / "weights.safetensors", tmp_path / "labels.txt"
     torch.manual_seed(1)
@@ -185,6 +217,9 @@ def test_a_timm_model_becomes_a_bundle_with_one_head(run: Run, tmp_path: Path) -
         (("CHECKPOINT", "B", "--version", "one"), "version"),
         (("CHECKPOINT", "B", "--calibration-pictures", "5"), "at least 30 pictures"),
         (("CHECKPOINT", "labels.txt", "--force"), "is no bundle"),
+        (("CHECKPOINT", "B", "--no-calibrate", "--precision", "int8"), "give some with --calibration FOLDER"),
+        (("CHECKPOINT", "B", "--precision", "int8", "--calibration", "other"), "0 pictures, at least 16"),
+        (("CHECKPOINT", "B", "--precision", "int8", "--calibration", "nowhere"), "no such directory"),
     ],
 )
 def test_mistakes_are_one_line_and_leave_nothing(
@@ -216,6 +251,8 @@ def test_mistakes_are_one_line_and_leave_nothing(
         "--timm test_vit b --std 0",
         "--timm test_vit b --mean 1,2",
         "--timm test_vit b --dropout 1",
+        "a b --target openvino",
+        "a b --max-drop -1",
     ],
 )
 def test_wrong_usage_shows_the_usage(run: Run, words: str) -> None:

