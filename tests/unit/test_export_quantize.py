@@ -30,7 +30,7 @@ def backbone(convolutions: int) -> onnx.ModelProto:
         helper.make_node("Div", ["float", "scale"], ["unit"], name="div"),
         helper.make_node("Transpose", ["unit"], ["x0"], name="transpose", perm=[0, 3, 1, 2]),
     ]
-    constants = [numpy_helper.from_array(np.float32(255), "scale")]
+    constants = [numpy_helper.from_array(np.array(255, np.float32), "scale")]
     for i in range(convolutions):
         kernel = rng.normal(0, 0.3, (8, 8 if i else 3, 3, 3)).astype(np.float32)
         constants.append(numpy_helper.from_array(kernel, f"w{i}"))
