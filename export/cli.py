@@ -43,7 +43,7 @@ def main() -> None:
     plan = plan_of(given)
     plan.check()
     source = source_of(given, console)
-    console.print(plan.table(source))
+    console.print(plan.text(source), markup=False)
     if given.dry_run:
         document = {"status": "planned", "plan": plan.document(source)}
     else:

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.table import Table
-
 from trivium.runtime.errors import ConfigError
 from trivium.runtime.tensorrt import library_version
 
@@ -112,11 +110,6 @@ class Plan:
             "steps": list(self.steps(source).values()),
         }
 
-    def table(self, source: Source) -> Table:
-        """The plan for people."""
-        result = Table(box=None, show_header=False, pad_edge=False)
-        result.add_column(justify="right")
-        result.add_column(overflow="fold")
-        for number, text in enumerate(self.steps(source).values(), 1):
-            result.add_row(f"{number}.", text)
-        return result
+    def text(self, source: Source) -> str:
+        """The plan for people, a step a line."""
+        return "\n".join(f"{number}. {text}" for number, text in enumerate(self.steps(source).values(), 1))
