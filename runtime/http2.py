@@ -18,9 +18,14 @@ class _Event(ctypes.Structure):
         ("kind", ctypes.c_int32),
         ("stream", ctypes.c_uint32),
         ("data", _POINTER),
+        ("object", ctypes.py_object),
         ("size", _LONG),
         ("detail", _LONG),
     ]
+
+
+class _Memory(ctypes.Structure):
+    _fields_ = [("make", _POINTER), ("bytes", _POINTER), ("drop", _POINTER)]
 
 
 class _Limits(ctypes.Structure):
@@ -30,6 +35,7 @@ class _Limits(ctypes.Structure):
         ("held", ctypes.POINTER(_LONG)),
         ("max_streams", ctypes.c_int32),
         ("max_headers", ctypes.c_int32),
+        ("memory", _Memory),
     ]
 
 
@@ -60,7 +66,8 @@ class Limits:
     def __init__(self, max_message: int, max_held: int, max_streams: int, max_headers: int = 16384) -> None:
         self.max_message = max_message
         self._held = _LONG(0)
-        self.struct = _Limits(max_message, max_held, ctypes.pointer(self._held), max_streams, max_headers)
+        held = ctypes.pointer(self._held)
+        self.struct = _Limits(max_message, max_held, held, max_streams, max_headers, _bytes_objects())
 
     @property
     def held(self) -> int:
@@ -97,7 +104,12 @@ class Connection:
         found = []
         for i in range(count):
             event = events[i]
-            data = ctypes.string_at(event.data, event.size) if event.data else b""
+            if event.kind == MESSAGE:
+                data = event.object
+                # the reference that came with the event
+                _drop(data)
+            else:
+                data = ctypes.string_at(event.data, event.size) if event.data else b""
             found.append(Event(event.kind, event.stream, data, event.size, event.detail))
         return found
 
@@ -136,6 +148,17 @@ class Connection:
     def streams(self) -> int:
         """Calls that are not over."""
         return int(self._library.http2_streams(self._handle))
+
+
+_drop = ctypes.pythonapi.Py_DecRef
+_drop.restype, _drop.argtypes = None, [ctypes.py_object]
+
+
+def _bytes_objects() -> _Memory:
+    """Memory of messages: Python's own bytes."""
+    api = ctypes.pythonapi
+    functions = api.PyBytes_FromStringAndSize, api.PyBytes_AsString, api.Py_DecRef
+    return _Memory(*(ctypes.cast(function, _POINTER) for function in functions))
 
 
 @cache

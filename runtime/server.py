@@ -19,7 +19,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from . import http2
+from . import http2, wire
 from .config import Settings
 from .cpus import usable_cpus
 from .errors import ConfigError
@@ -79,6 +79,11 @@ class GenericHandlers:
         """Nothing: the same handlers come by name, which tells their rules."""
 
     def add_registered_method_handlers(self, service: str, handlers: dict[str, Any]) -> None:
+        if infer := handlers.get("ModelInfer"):
+            # generated code would copy the pictures out of the message, and out of what it parsed
+            handlers["ModelInfer"] = grpc.unary_unary_rpc_method_handler(
+                infer.unary_unary, wire.InferMessage, infer.response_serializer
+            )
         self._server.add_generic_rpc_handlers((self._guard.handlers(service, handlers),))
 
 

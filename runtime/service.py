@@ -79,7 +79,7 @@ class Service(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[mi
             "trivium_ready": ("1 while the server says that it is ready.", lambda: self.ready),
         }
 
-    async def ModelInfer(self, request: Any, context: Any) -> Any:
+    async def ModelInfer(self, request: wire.InferMessage, context: Any) -> Any:
         start = perf_counter_ns()
         self.in_flight += 1
         served: Served | None = None
@@ -90,12 +90,12 @@ class Service(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[mi
             served = self._repository.get(request.model_name, request.model_version)
             served.in_flight += 1
             predictor, counted = served.predictor, served.counted
-            asked = wire.read_request(request, predictor.manifest, self._max_batch)
+            asked = wire.read_request(request.message, predictor.manifest, self._max_batch, request.raw)
             counted.pictures.observe(asked.size)
             if asked.timeout is not None:
                 deadline = min(deadline or float("inf"), monotonic() + asked.timeout)
             starts = self._journal.starts(asked.size) if self._journal is not None else None
-            job = await self._run(served, Asked(asked, starts), deadline, request.ByteSize())
+            job = await self._run(served, Asked(asked, starts), deadline, request.nbytes)
             predictions: list[Prediction] = job.results  # type: ignore[assignment]
             response = wire.write_response(request.id, predictor.manifest, asked.outputs, predictions, job.queue_ns)
         except TriviumError as error:

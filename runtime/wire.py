@@ -23,6 +23,38 @@ PARAMETERS = ("router", "priority", "timeout")
 _LENGTH = struct.Struct("<I")
 
 
+class InferMessage:
+    """A ModelInferRequest whose raw contents were not copied out of the message that came.
+
+    Raises: google.protobuf.message.DecodeError where the bytes are no such message.
+    """
+
+    __slots__ = ("message", "nbytes", "raw")
+
+    def __init__(self, data: bytes) -> None:
+        self.nbytes = len(data)
+        """Of the message as it came."""
+        head, self.raw = _split(data)
+        self.message = service_pb2.ModelInferRequest.FromString(head)
+        """Everything but raw_input_contents."""
+
+    @property
+    def id(self) -> str:
+        return self.message.id  # type: ignore[no-any-return]
+
+    @id.setter
+    def id(self, value: str) -> None:
+        self.message.id = value
+
+    @property
+    def model_name(self) -> str:
+        return self.message.model_name  # type: ignore[no-any-return]
+
+    @property
+    def model_version(self) -> str:
+        return self.message.model_version  # type: ignore[no-any-return]
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """A request that fits its model."""
@@ -73,8 +105,10 @@ OUTPUTS: dict[str, Output] = {
 _ALL = tuple(OUTPUTS)
 
 
-def read_request(message: Any, manifest: Manifest, max_batch: int) -> Request:
-    """A ModelInferRequest as a Request.
+def read_request(
+    message: Any, manifest: Manifest, max_batch: int, raw_contents: Sequence[bytes | memoryview] | None = None
+) -> Request:
+    """A ModelInferRequest as a Request; its raw contents are those given, where they lie outside of it.
 
     Raises: InvalidRequest, one line that says what is wrong and what is expected.
     """
@@ -108,7 +142,7 @@ def read_request(message: Any, manifest: Manifest, max_batch: int) -> Request:
     size = shape[0]
     if size > max_batch:
         raise InvalidRequest(f"inference request batch-size must be <= {max_batch} for {manifest.name!r}, got {size}")
-    raw = _raw(message, tensor, name)
+    raw = _raw(message.raw_input_contents if raw_contents is None else raw_contents, tensor, name)
     images: NDArray[np.uint8] | None = None
     encoded: list[bytes] = []
     if isinstance(raw, list):
@@ -171,7 +205,7 @@ def pack_bytes(data: bytes) -> bytes:
     return _LENGTH.pack(len(data)) + data
 
 
-def unpack_bytes(raw: bytes, size: int, name: str) -> list[bytes]:
+def unpack_bytes(raw: bytes | memoryview, size: int, name: str) -> list[bytes]:
     """The elements of a BYTES tensor, at most size + 1 of them: one too many is enough to tell.
 
     Raises: InvalidRequest where lengths and bytes do not agree.
@@ -187,7 +221,7 @@ def unpack_bytes(raw: bytes, size: int, name: str) -> list[bytes]:
             raise InvalidRequest(
                 f"input {name!r}: element {len(elements)} says {offset - start} bytes, {len(raw) - start} are left"
             )
-        elements.append(raw[start:offset])
+        elements.append(bytes(raw[start:offset]))
     return elements
 
 
@@ -246,11 +280,51 @@ def config(manifest: Manifest, max_batch: int, instances: int, device: str) -> A
     return service_pb2.ModelConfigResponse(config=model)
 
 
-def _raw(message: Any, tensor: Any, name: str) -> bytes | list[bytes]:
+_RAW = 7 << 3 | 2
+"""The tag of raw_input_contents on the wire."""
+
+
+def _split(data: bytes) -> tuple[bytes, list[memoryview]]:
+    """A serialised ModelInferRequest without its raw contents, and these; whatever is unusual is left to protobuf."""
+    view = memoryview(data)
+    raw: list[memoryview] = []
+    head: list[memoryview] = []
+    at, size = 0, len(data)
+    while at < size:
+        start, tag = at, data[at]
+        # every field of the message is length-delimited and has a number below 8
+        if tag & 7 != 2 or tag > _RAW:
+            return data, _copied(data)
+        at += 1
+        length = shift = 0
+        while True:
+            if at >= size or shift > 28:
+                return data, _copied(data)
+            byte = data[at]
+            at += 1
+            length |= (byte & 127) << shift
+            if byte < 128:
+                break
+            shift += 7
+        end = at + length
+        if end > size:
+            return data, _copied(data)
+        if tag == _RAW:
+            raw.append(view[at:end])
+        else:
+            head.append(view[start:end])
+        at = end
+    return b"".join(head), raw
+
+
+def _copied(data: bytes) -> list[memoryview]:
+    return [memoryview(one) for one in service_pb2.ModelInferRequest.FromString(data).raw_input_contents]
+
+
+def _raw(raw: Sequence[bytes | memoryview], tensor: Any, name: str) -> bytes | memoryview | list[bytes]:
     """The input's bytes; a list where they came as elements in `contents`, for clients without raw contents."""
-    raw = message.raw_input_contents
     if len(raw) == 1 and not tensor.HasField("contents"):
-        return raw[0]  # type: ignore[no-any-return]
+        return raw[0]
     contents = tensor.contents
     given = [field.name for field, _ in contents.ListFields()]
     if raw:

@@ -8,6 +8,7 @@
 #include <string>
 #include <string_view>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "hpack.h"
@@ -64,34 +65,64 @@ void put32(std::vector<uint8_t>& out, uint32_t value) {
   out.insert(out.end(), bytes, bytes + 4);
 }
 
-// A buffer that grows without first being filled with zeros.
-class Bytes {
+// A message in the receiver's memory, which grows as its bytes come.
+class Message {
  public:
-  const uint8_t* data() const { return data_.get(); }
+  explicit Message(const http2_memory* memory) : memory_(memory) {}
+  ~Message() {
+    if (object_ != nullptr) memory_->drop(object_);
+  }
+  Message(Message&& other) noexcept : memory_(other.memory_) { swap(other); }
+  Message& operator=(Message&& other) noexcept {
+    swap(other);
+    return *this;
+  }
+
   size_t size() const { return size_; }
   size_t capacity() const { return capacity_; }
 
+  // Room for `capacity` bytes, no more and no less.
   void reserve(size_t capacity) {
-    if (capacity <= capacity_) return;
-    std::unique_ptr<uint8_t[]> grown(new uint8_t[capacity]);
-    if (size_ > 0) std::memcpy(grown.get(), data_.get(), size_);
-    data_ = std::move(grown);
-    capacity_ = capacity;
+    if (object_ != nullptr && capacity == capacity_) return;
+    Message grown(memory_);
+    grown.object_ = memory_->make(nullptr, static_cast<intptr_t>(capacity));
+    if (grown.object_ == nullptr) throw std::bad_alloc();
+    grown.capacity_ = capacity;
+    grown.size_ = size_;
+    if (size_ > 0) std::memcpy(memory_->bytes(grown.object_), memory_->bytes(object_), size_);
+    swap(grown);
   }
 
-  void append(const uint8_t* data, size_t size, size_t at_most) {
-    if (size_ + size > capacity_) reserve(std::min(at_most, std::max(size_ + size, 2 * capacity_)));
-    std::memcpy(data_.get() + size_, data, size);
+  // At most `whole` bytes come in all.
+  void append(const uint8_t* data, size_t size, size_t whole) {
+    if (size_ + size > capacity_) reserve(std::min(whole, std::max(size_ + size, 2 * capacity_)));
+    std::memcpy(memory_->bytes(object_) + size_, data, size);
     size_ += size;
   }
 
+  // The object, as large as the message, which is the caller's from now on.
+  void* release() {
+    reserve(size_);
+    size_ = capacity_ = 0;
+    return std::exchange(object_, nullptr);
+  }
+
  private:
-  std::unique_ptr<uint8_t[]> data_;
+  void swap(Message& other) {
+    std::swap(object_, other.object_);
+    std::swap(size_, other.size_);
+    std::swap(capacity_, other.capacity_);
+  }
+
+  const http2_memory* memory_;
+  void* object_ = nullptr;
   size_t size_ = 0;
   size_t capacity_ = 0;
 };
 
 struct Stream {
+  explicit Stream(const http2_memory* memory) : message(memory) {}
+
   // from the client
   int64_t receive_window = kStreamWindow;
   int64_t consumed = 0;  // not yet given back as window
@@ -100,7 +131,7 @@ struct Stream {
   uint8_t prefix[kPrefix];
   size_t prefix_size = 0;
   size_t length = 0;  // of the message that is arriving
-  Bytes message;
+  Message message;
   // to the client
   int64_t send_window = kDefaultWindow;
   bool begun = false;     // headers are out
@@ -170,7 +201,8 @@ class Connection {
   }
 
   ~Connection() {
-    for (auto& [id, stream] : streams_) *limits_.held -= static_cast<int64_t>(stream.message.capacity());
+    drop_messages();
+    for (auto& [id, stream] : streams_) release(stream);
   }
 
   Connection(const Connection&) = delete;
@@ -178,18 +210,20 @@ class Connection {
 
   int64_t receive(const uint8_t* data, size_t size, const http2_event** events) {
     events_.clear();
+    handed_ = false;
     blocks_.clear();
-    messages_.clear();
     if (over_) return -1;
     try {
       take(data, size);
     } catch (const Fault& fault) {
+      drop_messages();
       go_away(fault.code);
       over_ = true;
       return -1;
     }
     pump();
     *events = events_.data();
+    handed_ = true;
     return static_cast<int64_t>(events_.size());
   }
 
@@ -403,16 +437,28 @@ class Connection {
 
   void deliver(uint32_t id, Stream& stream) {
     *limits_.held -= static_cast<int64_t>(stream.message.capacity());
-    messages_.push_back(std::move(stream.message));
-    stream.message = Bytes();
+    const auto size = static_cast<int64_t>(stream.message.size());
+    void* object = stream.message.release();
     stream.prefix_size = 0;
-    const Bytes& whole = messages_.back();
-    event(HTTP2_MESSAGE, id, whole.data(), static_cast<int64_t>(whole.size()), stream.prefix[0] & 1);
+    try {
+      events_.push_back({HTTP2_MESSAGE, id, nullptr, object, size, stream.prefix[0] & 1});
+    } catch (const std::bad_alloc&) {
+      limits_.memory.drop(object);
+      throw;
+    }
   }
 
   void release(Stream& stream) {
     *limits_.held -= static_cast<int64_t>(stream.message.capacity());
-    stream.message = Bytes();
+    stream.message = Message(&limits_.memory);
+  }
+
+  // Of events that nobody will see.
+  void drop_messages() {
+    for (const http2_event& one : events_) {
+      if (!handed_ && one.object != nullptr) limits_.memory.drop(one.object);
+    }
+    events_.clear();
   }
 
   void end_of_client(uint32_t id, Stream& stream) {
@@ -499,7 +545,7 @@ class Connection {
     if (overflow) return send_reset(id, kEnhanceYourCalm);
     if (!well_formed(headers)) return send_reset(id, kProtocolError);
     if (streams_.size() >= static_cast<size_t>(limits_.max_streams)) return send_reset(id, kRefusedStream);
-    Stream& stream = streams_[id];
+    Stream& stream = streams_.emplace(id, &limits_.memory).first->second;
     stream.send_window = initial_window_;
     std::string flat;
     for (const auto& [name, value] : headers) {
@@ -583,7 +629,7 @@ class Connection {
   }
 
   void event(int32_t kind, uint32_t id, const uint8_t* data, int64_t size, int64_t detail) {
-    events_.push_back({kind, id, data, size, detail});
+    events_.push_back({kind, id, data, nullptr, size, detail});
   }
 
   // Writing
@@ -746,8 +792,8 @@ class Connection {
   HpackDecoder hpack_;
   std::unordered_map<uint32_t, Stream> streams_;
   std::vector<http2_event> events_;
+  bool handed_ = false;  // to the receiver, with the objects in them
   std::vector<std::unique_ptr<std::string>> blocks_;
-  std::vector<Bytes> messages_;
   // writing
   int64_t send_window_ = kDefaultWindow;
   int64_t initial_window_ = kDefaultWindow;

@@ -17,17 +17,26 @@ extern "C" {
 
 typedef struct http2_connection http2_connection;
 
+// Whose memory messages arrive in, so that they need not be copied into it: an object of some size, its bytes, and its
+// end. The object of a message is the receiver's to drop.
+typedef struct {
+  void* (*make)(const char* none, intptr_t size);  // Null where memory is short
+  char* (*bytes)(void* object);
+  void (*drop)(void* object);
+} http2_memory;
+
 typedef struct {
   int64_t max_message;  // bytes of one message
   int64_t max_held;     // bytes of messages that are still arriving, of all connections that share `held`
   int64_t* held;        // how many there are; outlives the connections
   int32_t max_streams;  // open at once on a connection; what is beyond is refused and may be tried again
   int32_t max_headers;  // bytes of a call's headers, each counted as name + value + 32
+  http2_memory memory;
 } http2_limits;
 
 enum http2_kind {
   HTTP2_HEADERS = 1,  // a call begins: data holds name, 0, value, 0 for each header
-  HTTP2_MESSAGE = 2,  // one whole message; detail is 1 where it is compressed
+  HTTP2_MESSAGE = 2,  // one whole message, in object; detail is 1 where it is compressed
   HTTP2_END = 3,      // the client has said everything
   HTTP2_RESET = 4,    // the call is over and takes no answer; detail is the error code
   HTTP2_TOO_LONG = 5, // the message's length is in size; nothing more is read of this call, but it takes an answer
@@ -38,6 +47,7 @@ typedef struct {
   int32_t kind;
   uint32_t stream;
   const uint8_t* data;  // valid until the next http2_receive
+  void* object;
   int64_t size;
   int64_t detail;
 } http2_event;

@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 from google.protobuf.message import DecodeError
 from tests.fuzz import mutators, seeds
-from tritonclient.grpc import service_pb2
 
 from trivium.runtime.bundle import MANIFEST, Manifest, digest, open_bundle, read_manifest
 from trivium.runtime.config import load
@@ -30,7 +29,7 @@ from trivium.runtime.errors import BundleError, ConfigError, EngineError, Invali
 from trivium.runtime.preprocess import Limits, decode
 from trivium.runtime.security import Tokens
 from trivium.runtime.weights import external_files
-from trivium.runtime.wire import read_request, unpack_bytes
+from trivium.runtime.wire import InferMessage, read_request, unpack_bytes
 
 LINE_LIMIT = 4500
 """Characters of an error's line: a path of 1000 characters may be escaped in it."""
@@ -78,13 +77,12 @@ def scratch_directory() -> Path:
 
 
 def check_request(data: bytes) -> None:
-    message = service_pb2.ModelInferRequest()
     try:
-        message.ParseFromString(data)
+        message = InferMessage(data)
     except DecodeError:
         return
     try:
-        request = read_request(message, MODEL, MAX_BATCH)
+        request = read_request(message.message, MODEL, MAX_BATCH, message.raw)
     except InvalidRequest as error:
         _one_line(error)
         return

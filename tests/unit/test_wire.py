@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from google.protobuf.message import DecodeError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -18,7 +19,7 @@ from trivium.runtime.client_codec import read_response
 from trivium.runtime.errors import InvalidRequest
 from trivium.runtime.predictor import Predictor
 from trivium.runtime.scheduler import NORMAL, URGENT
-from trivium.runtime.wire import OUTPUTS, pack_bytes, read_request, unpack_bytes, write_response
+from trivium.runtime.wire import OUTPUTS, InferMessage, pack_bytes, read_request, unpack_bytes, write_response
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +122,37 @@ def test_random_protobuf_is_a_request_or_an_error(manifest: Manifest, data: byte
         return
     with pytest.raises(InvalidRequest):
         read_request(message, manifest, 4)
+
+
+@settings(max_examples=500)
+@given(
+    st.lists(st.binary(max_size=300), max_size=3),
+    st.text(max_size=5),
+    PARAMETERS,
+    st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), max_size=3),
+    st.integers(0, 20),
+)
+def test_a_message_reads_the_same_without_copying_its_pictures(
+    raw: list[bytes], name: str, parameters: dict[str, Any], edits: list[tuple[int, int]], cut: int
+) -> None:
+    message = service_pb2.ModelInferRequest(model_name=name, id="7", raw_input_contents=raw, parameters=parameters)
+    data = bytearray(message.SerializeToString() + message.SerializeToString())
+    for at, value in edits:
+        if at < len(data):
+            data[at] = value
+    given_bytes = bytes(data[: len(data) - cut] if cut <= len(data) else data)
+    try:
+        expected = service_pb2.ModelInferRequest.FromString(given_bytes)
+    except DecodeError:
+        with pytest.raises(DecodeError):
+            InferMessage(given_bytes)
+        return
+    found = InferMessage(given_bytes)
+    assert [bytes(one) for one in found.raw] == list(expected.raw_input_contents)
+    assert found.nbytes == len(given_bytes)
+    del expected.raw_input_contents[:]
+    del found.message.raw_input_contents[:]
+    assert found.message == expected
 
 
 def test_parameters_are_read(manifest: Manifest) -> None:
