@@ -42,6 +42,11 @@ class Rehearsal:
     nobody: bool = True
     """Start processes by the image's user, where this process may choose one."""
 
+    @property
+    def log(self) -> Path:
+        """What the processes say."""
+        return self.root.with_name(f"{self.root.name}.log")
+
     def build(self) -> Stage:
         """Carry out all stages; returns the last.
 
@@ -77,14 +82,10 @@ class Rehearsal:
         environment = self.environment | changes
         program = shutil.which(mapped[0], path=environment["PATH"])
         assert program is not None, f"{mapped[0]} is not in the image"
-        return subprocess.Popen(  # type: ignore[call-overload, no-any-return]
-            [program, *mapped[1:]],
-            env=environment,
-            cwd="/",
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            **identity,
-        )
+        with self.log.open("ab") as output:
+            return subprocess.Popen(  # type: ignore[call-overload, no-any-return]
+                [program, *mapped[1:]], env=environment, cwd="/", stdout=output, stderr=subprocess.STDOUT, **identity
+            )
 
     def _copy(self, text: str, finished: dict[str, Path]) -> None:
         *options, source, target = shlex.split(text)

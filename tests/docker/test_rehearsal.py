@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import tritonclient.grpc as triton
 from numpy.typing import NDArray
-from tests.triton.server import Unavailable, find
+from tests.triton.server import Unavailable, unpack
 
 from trivium.export.triton import write_repository
 
@@ -58,16 +58,14 @@ def free_port() -> int:
 
 
 def healthy(rehearsal: Rehearsal, words: list[str], **changes: str) -> bool:
-    check = rehearsal.process(words, **changes)
-    check.communicate(timeout=60)
-    return check.returncode == 0
+    return rehearsal.process(words, **changes).wait(60) == 0
 
 
 def wait_until_healthy(rehearsal: Rehearsal, server: subprocess.Popen[bytes], words: list[str], **changes: str) -> None:
     for _ in range(START_SECONDS):
         if healthy(rehearsal, words, **changes):
             return
-        assert server.poll() is None, server.communicate()[0].decode()[-4000:]
+        assert server.poll() is None, rehearsal.log.read_text(errors="replace")[-8000:]
         time.sleep(1)
     pytest.fail(f"not healthy within {START_SECONDS} s")
 
@@ -92,7 +90,7 @@ def started(rehearsal: Rehearsal, image: Stage, *more: str, **changes: str) -> I
         yield server
     finally:
         server.kill()
-        server.communicate()
+        server.wait()
 
 
 def test_cpu(python: Path, root: Path, tiny_bundle: Path, some_pictures: NDArray[np.uint8]) -> None:
@@ -118,25 +116,24 @@ def test_cpu(python: Path, root: Path, tiny_bundle: Path, some_pictures: NDArray
     assert written(root) == before, "the server wrote into its image"
 
 
-def test_triton(python: Path, root: Path, tiny_bundle: Path, some_pictures: NDArray[np.uint8]) -> None:
+def test_triton(root: Path, tiny_bundle: Path, some_pictures: NDArray[np.uint8]) -> None:
     try:
-        installation = find()
+        installation = unpack()
     except Unavailable as reason:
         pytest.skip(str(reason))
+    # the server is this machine's, and with it the Python that its back end is made for
+    python = Path(sys._base_executable).parent  # type: ignore[attr-defined]
     rehearsal = Rehearsal(DOCKER / "Dockerfile.triton", root, python)
     image = rehearsal.build()
     write_repository(tiny_bundle, root / "models", instances=1)
     make_readable(root / "models")
-    # the server is this machine's, and with it the Python that its back end is made for
-    rehearsal.environment |= installation.environment()
-    own = Path(sys._base_executable).parent  # type: ignore[attr-defined]
-    rehearsal.environment["PATH"] = f"{installation.tritonserver / 'bin'}:{own}:/usr/bin:/bin"
-    rehearsal.environment["PYTHONPATH"] = str(root / "opt/trivium")
+    rehearsal.environment["LD_LIBRARY_PATH"] = installation.environment()["LD_LIBRARY_PATH"]
+    rehearsal.environment["PATH"] += f":{installation.tritonserver / 'bin'}"
     http, grpc, metrics = (free_port() for _ in range(3))
     ports = [f"--http-port={http}", f"--grpc-port={grpc}", f"--metrics-port={metrics}"]
     check = [word.replace("8000", str(http)) for word in image.command("HEALTHCHECK")]
     back_ends = f"--backend-directory={installation.tritonserver / 'backends'}"
-    rehearsal.nobody = readable(own) and readable(installation.tritonserver)
+    rehearsal.nobody = readable(python) and readable(installation.tritonserver)
     with started(rehearsal, image, *ports, back_ends) as server:
         wait_until_healthy(rehearsal, server, check)
         answer = ask(f"127.0.0.1:{grpc}", some_pictures[:1], "tiny")
