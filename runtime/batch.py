@@ -24,6 +24,7 @@ Decoded = tuple[NDArray[np.uint8], int]
 class Asked(NamedTuple):
     """What a job's pictures are."""
 
+    predictor: Predictor
     request: wire.Request
     starts: list[int] | None
     """Takes when each picture was taken up, where anyone asks."""
@@ -76,12 +77,13 @@ class Batch:
             return error
 
 
-def answer(predictor: Predictor, asked: Asked, index: int, queue_ns: int) -> Prediction:
+def answer(job: Job[Prediction], index: int) -> Prediction:
     """One picture of a request. Raises: TriviumError."""
+    asked: Asked = job.payload
     if asked.starts is not None:
         asked.starts[index] = perf_counter_ns()
-    image, decode_ns = decode(predictor, asked.request, index)
-    return predictor.infer(image, asked.request.router, decode_ns=decode_ns, queue_ns=queue_ns)
+    image, decode_ns = decode(asked.predictor, asked.request, index)
+    return asked.predictor.infer(image, asked.request.router, decode_ns=decode_ns, queue_ns=job.queue_ns)
 
 
 def decode(predictor: Predictor, request: wire.Request, index: int) -> Decoded:

@@ -29,7 +29,7 @@ class Job(Generic[T]):
 
     Args:
         size: number of pictures, at least 1.
-        run: answers the picture of an index; called in a worker thread, one call a picture, several at once.
+        run: answers the picture of an index of a job; called in a worker thread, one call a picture, several at once.
         done: called exactly once, in any thread, when `results` are complete or `error` is set.
         nbytes: memory that the request holds, in bytes.
         lane: what it shares fairly with others, the model's name.
@@ -37,7 +37,7 @@ class Job(Generic[T]):
         deadline: of time.monotonic(); past it no further picture of the job runs.
         together: answers several pictures at once, an answer or an error for each; those of jobs with an equal one may
             share a call. None where they may not.
-        payload: for `together`, what its pictures are.
+        payload: for `run` and `together`, what its pictures are.
     """
 
     __slots__ = (
@@ -48,7 +48,7 @@ class Job(Generic[T]):
     def __init__(
         self,
         size: int,
-        run: Callable[[int], T],
+        run: Callable[[Job[T], int], T],
         done: Callable[[Job[T]], None],
         *,
         nbytes: int = 0,
@@ -228,7 +228,7 @@ class Scheduler:
             if len(taken) > 1:
                 assert job.together is not None
                 return job.together(taken)
-            return [job.run(index)]
+            return [job.run(job, index)]
         except TriviumError as known:
             error = known
         except Exception:  # a worker must outlive whatever one picture does to it

@@ -19,7 +19,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from . import http2, wire
+from . import http2, memory, wire
 from .config import Settings
 from .cpus import usable_cpus
 from .errors import ConfigError
@@ -264,6 +264,7 @@ async def run(settings: Settings) -> None:
         # one left by an earlier server must not be taken for this one's
         with contextlib.suppress(OSError):
             settings.ready_file.unlink()
+    memory.before_load()
     server = Server(settings)
     await server.load()
     loop = asyncio.get_running_loop()
@@ -283,6 +284,7 @@ async def run(settings: Settings) -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(GC_THRESHOLD)
+    memory.after_load()
     announce(ready.line(), settings.ready_file)
     number = await signalled
     _log.info("received %s", number.name)

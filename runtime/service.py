@@ -95,7 +95,7 @@ class Service(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[mi
             if asked.timeout is not None:
                 deadline = min(deadline or float("inf"), monotonic() + asked.timeout)
             starts = self._journal.starts(asked.size) if self._journal is not None else None
-            job = await self._run(served, Asked(asked, starts), deadline, request.nbytes)
+            job = await self._run(served, Asked(predictor, asked, starts), deadline, request.nbytes)
             predictions: list[Prediction] = job.results  # type: ignore[assignment]
             response = wire.write_response(request.id, predictor.manifest, asked.outputs, predictions, job.queue_ns)
         except TriviumError as error:
@@ -232,13 +232,12 @@ class Service(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[mi
         def finished(_: Job[Prediction]) -> None:
             loop.call_soon_threadsafe(wake)
 
-        predictor = served.predictor
         job = Job(
             asked.request.size,
-            lambda index: answer(predictor, asked, index, job.queue_ns),
+            answer,
             finished,
             nbytes=nbytes,
-            lane=predictor.manifest.name,
+            lane=served.manifest.name,
             priority=asked.request.priority,
             deadline=deadline,
             together=served.together,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import signal
 import socket
 import threading
@@ -17,10 +19,13 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from numpy.typing import NDArray
+from tritonclient.grpc import service_pb2
 
 from trivium.runtime.client import Client
+from trivium.runtime.config import Settings
 from trivium.runtime.errors import InvalidRequest, UnknownModel
 from trivium.runtime.predictor import Prediction, Predictor
+from trivium.runtime.server import Server
 
 if TYPE_CHECKING:
     from tests.integration.conftest import Serve, ServerProcess
@@ -231,3 +236,33 @@ def test_memory_and_threads_stay_flat(server: ServerProcess, some_pictures: NDAr
             thread.join()
     assert process.memory_info().rss - before[0] < 32 << 20
     assert process.num_threads() <= before[1] + 2
+
+
+def test_a_request_leaves_nothing_for_the_garbage_collector(
+    tiny_bundle: Path, some_pictures: NDArray[np.uint8]
+) -> None:
+    # a cycle would keep each request's pictures until ten thousand other objects were made
+    tensor = service_pb2.ModelInferRequest.InferInputTensor(name="image", datatype="UINT8", shape=[1, 32, 32, 3])
+    raw = [some_pictures[0].tobytes()]
+    message = service_pb2.ModelInferRequest(model_name="tiny", inputs=[tensor], raw_input_contents=raw)
+
+    async def garbage() -> int:
+        server = Server(Settings(bundles=(tiny_bundle,), grpc_port=0, http_port=0, instances=2))
+        await server.load()
+        ready = await server.start()
+        async with grpc.aio.insecure_channel(ready.grpc) as channel:
+            infer = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
+            for _ in range(5):
+                await infer(message.SerializeToString())
+            gc.collect()
+            gc.disable()
+            for _ in range(50):
+                await infer(message.SerializeToString(), timeout=60)
+            found = gc.collect()
+        await server.stop(0.0)
+        return found
+
+    try:
+        assert asyncio.run(garbage()) < 50
+    finally:
+        gc.enable()

@@ -35,7 +35,7 @@ class Gate:
 
 
 def finished_job(size: int, run: Callable[[int], Any], **options: Any) -> Job[Any]:
-    return Job(size, run, lambda job: done[job].append(job), **options)
+    return Job(size, lambda _, index: run(index), lambda job: done[job].append(job), **options)
 
 
 done: defaultdict[Job[Any], list[Job[Any]]] = defaultdict(list)
