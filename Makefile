@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow lint format evaluate bench bench-peers bench-serve bench-serve-peers gpu-check test-triton sanitize soak fuzz wheel clean
+.PHONY: help venv demo test test-slow lint format evaluate bench bench-peers bench-serve bench-serve-peers gpu-check test-triton test-docker test-zoo sanitize soak fuzz wheel clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -65,12 +65,21 @@ bench-serve: venv  ## the server beside its engine (build/bench/serve.json)
 bench-serve-peers: venv  ## the same graph by six other servers, each in an environment of its own
 	$(BIN)/python -m tests.bench.serve --peers
 
-sanitize:  ## the CPU kernels under the address and undefined-behaviour sanitizers
+sanitize:  ## the CPU kernels and the HTTP/2 engine under the address and undefined-behaviour sanitizers
 	sh tests/kernels/sanitize.sh
+	sh tests/http2/sanitize.sh
 
 test-triton: venv  ## the exported model repository in a real tritonserver, which is installed into build/triton
 	$(BIN)/python -m tests.triton.server
 	$(BIN)/python -m pytest -m "" tests/triton tests/integration/test_protocol.py
+
+test-docker: venv  ## what the images and compose.yaml promise, and their commands carried out without Docker
+	$(BIN)/python -m tests.docker.promtool
+	$(BIN)/python -m pytest --timeout 1200 -m "" tests/docker
+
+test-zoo: venv  ## a timm model of each family through the export (minutes; writes export/ZOO.md)
+	OMP_NUM_THREADS=1 nice -n 10 $(BIN)/python -m tests.zoo
+	$(BIN)/python -m pytest -m "" tests/zoo
 
 gpu-check:  ## on a machine with a card: build, check and time the CUDA kernels (kernels/GPU.md)
 	PYTHONPATH=.namespace $(PYTHON) -m tests.gpu_check

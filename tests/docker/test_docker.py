@@ -193,7 +193,7 @@ def test_grafana_finds_source_and_dashboard() -> None:
 def lock(name: str) -> dict[str, str]:
     """Distribution -> exact version, each with a SHA-256."""
     text = (DOCKER / f"requirements/{name}.txt").read_text(encoding="utf-8").replace("\\\n", " ")
-    found = {}
+    found: dict[str, str] = {}
     for line in text.splitlines():
         pinned = re.match(r"([\w.-]+)==(\S+)\s+(--hash=sha256:[0-9a-f]{64}\s*)+$", line)
         assert pinned, f"{name}.txt: {line[:80]} is not one version with its hashes"
