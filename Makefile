@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow lint format evaluate bench bench-peers bench-serve bench-serve-peers gpu-check test-triton test-docker test-zoo sanitize soak fuzz wheel clean
+.PHONY: help venv demo test test-slow lint format evaluate bench bench-peers bench-serve bench-serve-peers gpu-check test-triton test-docker lock test-zoo sanitize soak fuzz wheel clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -76,6 +76,18 @@ test-triton: venv  ## the exported model repository in a real tritonserver, whic
 test-docker: venv  ## what the images and compose.yaml promise, and their commands carried out without Docker
 	$(BIN)/python -m tests.docker.promtool
 	$(BIN)/python -m pytest --timeout 1200 -m "" tests/docker
+
+UV := build/uv/bin/uv pip compile --quiet --no-config --upgrade --generate-hashes --no-header --no-annotate \
+      --python-platform x86_64-manylinux_2_28
+LOCKS := docker/requirements
+
+lock: venv  ## the newest allowed versions into the images (docker/requirements)
+	@test -x build/uv/bin/uv || $(BIN)/python -m pip install --quiet --target build/uv uv
+	$(UV) pyproject.toml --extra cpu --python-version 3.11 --output-file $(LOCKS)/cpu.txt
+	$(UV) pyproject.toml --extra gpu --python-version 3.12 --output-file $(LOCKS)/gpu.txt
+	echo 'numpy<2' | $(UV) pyproject.toml --extra cpu --python-version 3.10 --constraints - --output-file $(LOCKS)/triton.txt
+	printf '%s\n' pip 'scikit-build-core>=1.0' cmake ninja \
+	  | $(UV) - --python-version 3.10 --allow-unsafe --output-file $(LOCKS)/build.txt
 
 test-zoo: venv  ## a timm model of each family through the export (minutes; writes export/ZOO.md)
 	OMP_NUM_THREADS=1 nice -n 10 $(BIN)/python -m tests.zoo

@@ -46,6 +46,16 @@ def images() -> Iterator[tuple[Path, Stage]]:
     yield from ((path, parse(path)[-1]) for path in DOCKERFILES)
 
 
+def mounts(service: dict[str, Any]) -> Iterator[tuple[str, str, bool]]:
+    """(source, target, whether it may only be read) of a service's volumes."""
+    for volume in service["volumes"]:
+        if isinstance(volume, dict):
+            yield volume["source"], volume["target"], volume["read_only"]
+        else:
+            source, target, *options = volume.split(":")
+            yield source, target, options == ["ro"]
+
+
 def settings(stage: Stage, **environment: str) -> Settings:
     """What trivium serve makes of an image's variables and those of a service."""
     found = {k: v for word, text in stage.instructions if word == "ENV" for k, v in variables(text).items()}
@@ -135,8 +145,7 @@ def test_every_service_is_confined() -> None:
         assert service["cap_drop"] == ["ALL"], name
         assert service["security_opt"] == ["no-new-privileges:true"], name
         assert all(port.startswith("127.0.0.1:") for port in service["ports"]), name
-        mounts = [volume for volume in service["volumes"] if volume.split(":")[0] not in COMPOSE["volumes"]]
-        assert all(mount.endswith(":ro") for mount in mounts), name
+        assert all(only_read or source in COMPOSE["volumes"] for source, _, only_read in mounts(service)), name
         assert "build" in service or service["user"].split(":")[0] != "0", name
 
 
@@ -157,7 +166,7 @@ def test_ports_and_bundles_are_where_others_look() -> None:
         exposed = set(image.last("EXPOSE").split())
         assert {port.split(":")[-1] for port in service["ports"]} <= exposed
         assert "8002" in exposed, "Prometheus asks there"
-        target = service["volumes"][0].removesuffix(":ro").split(":")[-1]
+        ((_, target, _),) = mounts(service)
         if image.command("ENTRYPOINT")[0] == "trivium":
             chosen = settings(image, **service["environment"])
             assert {str(chosen.grpc_port), str(chosen.http_port)} == exposed
@@ -183,11 +192,11 @@ def test_grafana_finds_source_and_dashboard() -> None:
     assert source["url"].removeprefix("http://").split(":")[0] in SERVICES
     assert source["jsonData"]["timeInterval"] == PROMETHEUS["global"]["scrape_interval"]
     (provider,) = yaml.safe_load((DOCKER / "grafana/provisioning/dashboards/trivium.yaml").read_text())["providers"]
-    volumes = dict(volume.removesuffix(":ro").split(":") for volume in SERVICES["grafana"]["volumes"])
-    folder = DOCKER / next(source for source, target in volumes.items() if target == provider["options"]["path"])
+    path = provider["options"]["path"]
+    folder = DOCKER / next(source for source, target, _ in mounts(SERVICES["grafana"]) if target == path)
     home = Path(SERVICES["grafana"]["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"])
     assert (folder / home.name).is_file()
-    assert str(home.parent) == provider["options"]["path"]
+    assert str(home.parent) == path
 
 
 def lock(name: str) -> dict[str, str]:
