@@ -8,6 +8,7 @@ import re
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,13 +43,11 @@ def python() -> Path:
 
 
 @pytest.fixture
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What stands for an image's /, where every user may read."""
-    folder = tmp_path_factory.mktemp("image")
-    for path in (folder, *folder.parents):
-        if path.owner() == Path.home().owner() and path != Path("/tmp") and path.is_relative_to("/tmp"):
-            path.chmod(0o755)
-    return folder / "root"
+def root() -> Iterator[Path]:
+    """What stands for an image's /, where every user may read; pytest's own directories are for one user alone."""
+    with tempfile.TemporaryDirectory(prefix="trivium-image-") as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder) / "root"
 
 
 def free_port() -> int:
