@@ -7,276 +7,32 @@ few milliseconds is a tenth of the machine. Here a request is read, answered and
 from __future__ import annotations
 
 import asyncio
-import base64
 import ctypes
-import logging
-import re
 import socket
-import zlib
-from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from time import monotonic
-from typing import Any, NamedTuple, NoReturn, cast
+from typing import Any, NamedTuple, cast
 from urllib.parse import quote
 
 import grpc
 
-from . import http2
+from . import headers, http2
+from .call import Call, too_long
+from .headers import Headers, Metadata
 
 BUFFER = 256 << 10
 """Bytes read from a socket at once; all connections share them, since they are taken up before the next read."""
 MAX_UNSENT = 1 << 20
 """Bytes that may wait in a connection for a client that does not read; beyond it answers wait in the http2 part."""
 HANDSHAKE_SECONDS = 20.0
-MAX_MESSAGE_TEXT = 2048
-"""Characters of a status's text."""
-_UNITS = {"H": 3600.0, "M": 60.0, "S": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9}
-_TIMEOUT = re.compile(r"(\d{1,8})([HMSmun])")
-_NO_SUCH = grpc.StatusCode.UNIMPLEMENTED
-_CODES = {code: str(code.value[0]).encode() for code in grpc.StatusCode}
-_OK = b"grpc-status\x000\x00"
-_log = logging.getLogger(__name__)
-
-
-class Aborted(Exception):
-    """Ends a handler: the call has its status."""
+"""How long a client may take to begin."""
 
 
 class Details(NamedTuple):
     """What a generic handler chooses a method's handler by."""
 
     method: str
-    invocation_metadata: Sequence[tuple[str, str | bytes]]
-
-
-class Call:
-    """One call: what its handler sees of it (the part of grpc.aio.ServicerContext that servicers use), and its end."""
-
-    __slots__ = (
-        "_arrived",
-        "_connection",
-        "_deadline",
-        "_ended",
-        "_failure",
-        "_handler",
-        "_headers",
-        "_messages",
-        "_over",
-        "_stream",
-        "_task",
-        "_timer",
-        "_trailing",
-        "_wake",
-    )
-
-    def __init__(self, connection: Connection, stream: int, headers: Headers, handler: Any) -> None:
-        self._connection = connection
-        self._stream = stream
-        self._headers = headers
-        self._handler = handler
-        self._deadline: float | None = None
-        self._timer: asyncio.TimerHandle | None = None
-        self._task: asyncio.Task[None] | None = None
-        self._messages: deque[tuple[bytes, bool]] = deque()
-        self._ended = False
-        self._over = False
-        self._failure: tuple[grpc.StatusCode, str] | None = None
-        self._trailing: Sequence[tuple[str, str | bytes]] = ()
-        self._wake: asyncio.Event | None = None
-        if headers.timeout is not None:
-            self._deadline = monotonic() + headers.timeout
-            self._timer = connection.loop.call_later(headers.timeout, self._expire)
-
-    def invocation_metadata(self) -> Sequence[tuple[str, str | bytes]]:
-        return self._headers.metadata
-
-    def time_remaining(self) -> float | None:
-        """Seconds; None where the client set no deadline."""
-        return None if self._deadline is None else max(0.0, self._deadline - monotonic())
-
-    def peer(self) -> str:
-        """The client's address as gRPC writes it, say ipv4:127.0.0.1:4711."""
-        return self._connection.peer
-
-    def set_trailing_metadata(self, metadata: Sequence[tuple[str, str | bytes]]) -> None:
-        self._trailing = tuple(metadata)
-
-    async def abort(
-        self, code: grpc.StatusCode, details: str = "", trailing_metadata: Sequence[tuple[str, str | bytes]] = ()
-    ) -> NoReturn:
-        """End the call with a status other than OK. Raises: always."""
-        self._trailing = (*self._trailing, *trailing_metadata)
-        self._failure = code, details
-        raise Aborted
-
-    async def write(self, message: Any) -> None:
-        """Send one message of a stream."""
-        if not self._over:
-            self._connection.send(self._stream, self._serialized(message))
-
-    # What the connection tells
-
-    def start(self) -> None:
-        """Run a handler that reads its messages as they come."""
-        if self._handler.request_streaming:
-            self._wake = asyncio.Event()
-            self._run(self._stream_in())
-
-    def arrived(self, data: bytes, compressed: bool) -> None:
-        self._messages.append((data, compressed))
-        if self._wake is not None:
-            self._wake.set()
-        elif len(self._messages) > 1:
-            self.end(grpc.StatusCode.INTERNAL, "more than one message in a unary call")
-
-    def ended(self) -> None:
-        """The client has said everything."""
-        self._ended = True
-        if self._wake is not None:
-            self._wake.set()
-        elif not self._over:
-            if not self._messages:
-                self.end(grpc.StatusCode.INTERNAL, "no message in a unary call")
-            else:
-                self._run(self._unary())
-
-    def gone(self) -> None:
-        """The client has left: no answer can be sent."""
-        self._over = True
-        self._release()
-        if self._task is not None:
-            self._task.cancel()
-
-    def end(self, code: grpc.StatusCode, details: str = "") -> None:
-        """Answer with a status, whatever the handler does."""
-        if self._over:
-            return
-        self._over = True
-        self._release()
-        self._connection.finish(self._stream, _trailers(code, details, self._trailing))
-        if self._task is not None:
-            self._task.cancel()
-
-    # Running the handler
-
-    def _run(self, work: Any) -> None:
-        self._task = self._connection.loop.create_task(work)
-
-    async def _unary(self) -> None:
-        handler = self._handler
-        try:
-            data, compressed = self._messages.popleft()
-            request = self._deserialized(await self._inflated(data) if compressed else data)
-            if handler.response_streaming:
-                await self._answer_stream(handler.unary_stream(request, self))
-                self._finish()
-            else:
-                response = await handler.unary_unary(request, self)
-                if not self._over:
-                    self._connection.send(self._stream, self._serialized(response))
-                    self._finish()
-        except Aborted:
-            self._finish()
-        except Exception as error:
-            self._crashed(error)
-
-    async def _stream_in(self) -> None:
-        try:
-            handler = self._handler
-            if handler.response_streaming:
-                await self._answer_stream(handler.stream_stream(self._requests(), self))
-            else:
-                await self.write(await handler.stream_unary(self._requests(), self))
-            self._finish()
-        except Aborted:
-            self._finish()
-        except Exception as error:
-            self._crashed(error)
-
-    async def _answer_stream(self, answers: Any) -> None:
-        if hasattr(answers, "__aiter__"):
-            async for message in answers:
-                await self.write(message)
-        else:
-            await answers
-
-    async def _requests(self) -> AsyncIterator[Any]:
-        assert self._wake is not None
-        while True:
-            while self._messages:
-                data, compressed = self._messages.popleft()
-                yield self._deserialized(await self._inflated(data) if compressed else data)
-            if self._ended:
-                return
-            self._wake.clear()
-            await self._wake.wait()
-
-    def _deserialized(self, data: bytes) -> Any:
-        deserialize = self._handler.request_deserializer
-        if deserialize is None:
-            return data
-        try:
-            return deserialize(data)
-        except Exception:  # protobuf's error is a class of its own
-            self._failure = grpc.StatusCode.INTERNAL, "the request is no message of this method"
-            raise Aborted from None
-
-    def _serialized(self, message: Any) -> bytes:
-        serialize = self._handler.response_serializer
-        return message if serialize is None else serialize(message)  # type: ignore[no-any-return]
-
-    async def _inflated(self, data: bytes) -> bytes:
-        encoding = self._headers.encoding
-        if encoding not in ("gzip", "deflate"):
-            self._trailing = (("grpc-accept-encoding", "identity, gzip, deflate"),)
-            self._failure = _NO_SUCH, f"messages in encoding {encoding[:40]!r} are not read"
-            raise Aborted
-        limit = self._connection.limits.max_message
-        try:
-            plain = await asyncio.to_thread(_inflate, data, limit)
-        except zlib.error:
-            self._failure = grpc.StatusCode.INTERNAL, f"the message is not in encoding {encoding}"
-            raise Aborted from None
-        if len(plain) > limit:
-            self._failure = grpc.StatusCode.RESOURCE_EXHAUSTED, _too_long(f"more than {limit}", limit)
-            raise Aborted
-        return plain
-
-    def _finish(self) -> None:
-        if self._over:
-            return
-        self._over = True
-        self._release()
-        if self._failure is None and not self._trailing:
-            self._connection.finish(self._stream, _OK)
-        else:
-            code, details = self._failure or (grpc.StatusCode.OK, "")
-            self._connection.finish(self._stream, _trailers(code, details, self._trailing))
-
-    def _crashed(self, error: Exception) -> None:
-        _log.error("%s failed", self._headers.path, exc_info=error)
-        self.end(grpc.StatusCode.UNKNOWN, "the call failed; the server's log says why")
-
-    def _expire(self) -> None:
-        self._timer = None
-        self.end(grpc.StatusCode.DEADLINE_EXCEEDED, "the call's deadline passed")
-
-    def _release(self) -> None:
-        self._connection.calls.pop(self._stream, None)
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-
-
-class Headers(NamedTuple):
-    """A call's headers, read."""
-
-    path: str
-    content_type: str
-    timeout: float | None
-    """Seconds."""
-    encoding: str
-    metadata: tuple[tuple[str, str | bytes], ...]
+    invocation_metadata: Metadata
 
 
 class Connection(asyncio.BufferedProtocol):
@@ -334,7 +90,7 @@ class Connection(asyncio.BufferedProtocol):
             elif kind == http2.RESET:
                 call.gone()
             elif kind == http2.TOO_LONG:
-                call.end(grpc.StatusCode.RESOURCE_EXHAUSTED, _too_long(str(event.size), self.limits.max_message))
+                call.end(grpc.StatusCode.RESOURCE_EXHAUSTED, too_long(str(event.size), self.limits.max_message))
             else:
                 call.end(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many bytes are on their way to this server")
         self._flush()
@@ -358,12 +114,11 @@ class Connection(asyncio.BufferedProtocol):
         self._http2.pause(False)
         self._flush()
 
-    def send(self, stream: int, message: bytes) -> None:
-        """One message of an answer; its `finish` sends it with what follows where the call is unary."""
+    def send(self, stream: int, message: bytes, more: bool) -> None:
+        """Send a message; at once where `more` may come before the end."""
         if self._transport is not None:
             self._http2.message(stream, message)
-            call = self.calls.get(stream)
-            if call is None or call._handler.response_streaming:
+            if more:
                 self._flush()
 
     def finish(self, stream: int, trailers: bytes) -> None:
@@ -402,13 +157,13 @@ class Connection(asyncio.BufferedProtocol):
             self._transport.close()
 
     def _begin(self, stream: int, data: bytes) -> None:
-        headers = self._server.read(data)
-        handler = self._server.find(headers)
-        call = self.calls[stream] = Call(self, stream, headers, handler)
-        if not headers.content_type.startswith("application/grpc"):
-            call.end(grpc.StatusCode.INTERNAL, f"content-type {headers.content_type[:100]!r} is not gRPC's")
+        found = self._server.read(data)
+        handler = self._server.find(found)
+        call = self.calls[stream] = Call(self, stream, found, handler)
+        if not found.content_type.startswith("application/grpc"):
+            call.end(grpc.StatusCode.INTERNAL, f"content-type {found.content_type[:100]!r} is not gRPC's")
         elif handler is None:
-            call.end(_NO_SUCH, f"unknown method {headers.path[:200]}")
+            call.end(grpc.StatusCode.UNIMPLEMENTED, f"unknown method {found.path[:200]}")
         else:
             call.start()
 
@@ -503,7 +258,7 @@ class Http2Server:
         """A call's headers; clients repeat them from call to call."""
         known = self._known.get(data)
         if known is None:
-            known = _headers(data)
+            known = headers.read(data)
             if len(self._known) >= 256:
                 self._known.clear()
             # secrets are not kept
@@ -511,70 +266,14 @@ class Http2Server:
                 self._known[data] = known
         return known
 
-    def find(self, headers: Headers) -> Any:
+    def find(self, found: Headers) -> Any:
         """The handler of a call, or None."""
-        details = Details(headers.path, headers.metadata)
+        details = Details(found.path, found.metadata)
         for handlers in self._handlers:
             handler = handlers.service(details)
             if handler is not None:
                 return handler
         return None
-
-
-def _headers(data: bytes) -> Headers:
-    parts = data.decode("latin-1").split("\0")
-    path = content_type = encoding = ""
-    timeout: float | None = None
-    metadata: list[tuple[str, str | bytes]] = []
-    for name, value in zip(parts[::2], parts[1::2], strict=False):
-        if name == ":path":
-            path = value
-        elif name == "content-type":
-            content_type = value
-        elif name == "grpc-timeout":
-            if match := _TIMEOUT.fullmatch(value):
-                timeout = int(match[1]) * _UNITS[match[2]]
-        elif name == "grpc-encoding":
-            encoding = value
-        elif name.startswith((":", "grpc-")) or name == "te":
-            continue
-        elif name.endswith("-bin"):
-            # several values of a name may share a header, with commas between
-            metadata += [(name, _base64(part)) for part in value.split(",")]
-        else:
-            metadata.append((name, value))
-    return Headers(path, content_type, timeout, encoding, tuple(metadata))
-
-
-def _base64(text: str) -> bytes:
-    try:
-        return base64.b64decode(text + "=" * (-len(text) % 4))
-    except ValueError:
-        return b""
-
-
-def _trailers(code: grpc.StatusCode, details: str, metadata: Sequence[tuple[str, str | bytes]]) -> bytes:
-    parts = [b"grpc-status", _CODES[code]]
-    if details:
-        # PROTOCOL-HTTP2: percent-encoded beyond printable ASCII
-        parts += [b"grpc-message", quote(details[:MAX_MESSAGE_TEXT], safe=_PLAIN).encode()]
-    for name, value in metadata:
-        text = base64.b64encode(value).rstrip(b"=") if isinstance(value, bytes) else value.encode("latin-1", "replace")
-        parts += [name.lower().encode(), text]
-    return b"\0".join(parts) + b"\0"
-
-
-_PLAIN = "".join(chr(c) for c in range(0x20, 0x7F) if chr(c) != "%")
-
-
-def _too_long(size: str, limit: int) -> str:
-    return f"the message is larger than max: {size} bytes, {limit} are taken"
-
-
-def _inflate(data: bytes, limit: int) -> bytes:
-    """At most limit + 1 bytes. Raises: zlib.error."""
-    # gzip or zlib, whichever it is
-    return zlib.decompressobj(47).decompress(data, limit + 1)
 
 
 def _peer(address: Any) -> str:

@@ -45,7 +45,8 @@ def test_it_holds_neither_torch_nor_sources(slim: Path) -> None:
     assert "trivium" in packages
     assert not packages & {"torch", "timm", "torchvision", "onnx", "scipy", "scikit-learn"}
     files = run(slim / "pip", "show", "--files", "trivium").stdout
-    assert "libtrivium" in files
+    assert "kernels/libtrivium.so" in files
+    assert "runtime/libtrivium_http2.so" in files
     assert "csrc" not in files
 
 
@@ -82,6 +83,8 @@ def test_serve(slim: Path, tiny_bundle: Path, some_pictures: NDArray[np.uint8], 
         ready,
         "--grace-seconds",
         "0",
+        "--transport",
+        "http2",
     ]
     server = subprocess.Popen(
         [str(word) for word in command], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
