@@ -210,7 +210,7 @@ def test_a_timm_model_becomes_a_bundle_with_one_head(run: Run, tmp_path: Path) -
         (("--timm", "test_resnet", "--weights", "resnet.safetensors", "--labels", "labels.txt", "B"), "2 names, but"),
         (("--timm", "test_vit", "--router", "paper", "B"), "has one head, original"),
         (("./absent", "B"), "absent: no checkpoint.json in it"),
-        (("CHECKPOINT", "B", "--labels", "labels.txt"), "go with --timm"),
+        (("CHECKPOINT", "B", "--labels", "labels.txt"), "go with timm models"),
         (("CHECKPOINT", "B", "--no-calibrate", "--router", "paper"), "router.default 'paper' is none of"),
         (("CHECKPOINT", "B", "--router", "sideways"), "no router 'sideways'"),
         (("CHECKPOINT", "B", "--name", "a/b"), "name"),

@@ -120,7 +120,7 @@ def test_errors_are_failures_with_their_text(program: Path, target: Callable[[by
 def test_open_loop_waits_for_nobody(program: Path, http_target: load.Target) -> None:
     found = load.run(program, http_target, seconds=1.0, connections=4, rate=100, poisson=False)
     # the clients were all held by the stall; what was due meanwhile is asked later, and its wait counted
-    assert len(found.latencies) == 100
+    assert abs(len(found.latencies) - 100) <= 1
     late = np.count_nonzero(found.latencies > STALL_SECONDS / 2)
     assert late >= STALL_SECONDS / 2 * 100 * 0.8
 
