@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--open", nargs="*", type=float, default=[], metavar="SHARE", help="open loops, of the limit")
     parser.add_argument("--jpeg", action="store_true", help="ours a second time, with JPEG pictures twice the size")
     parser.add_argument("--streams", type=int, default=1, help="gRPC requests at a time on each connection")
-    parser.add_argument("--seconds", type=float, default=3.5, help="of each visit")
+    parser.add_argument("--seconds", type=float, default=2.0, help="of each visit")
     parser.add_argument("--rounds", type=int, default=3, help="visits of every row")
     parser.add_argument("--instances", type=int, default=2, help="workers of every server")
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
