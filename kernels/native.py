@@ -34,12 +34,17 @@ def library_path() -> Path:
 
     Raises: FileNotFoundError where it was never built.
     """
-    folders = [Path(folder) for folder in import_module(__package__).__path__]
+    return find_library(__package__, "libtrivium.so")
+
+
+def find_library(package: str, name: str) -> Path:
+    """A library of a package's. Raises: FileNotFoundError where it was never built."""
+    folders = [Path(folder) for folder in import_module(package).__path__]
     for folder in folders:
-        path = folder / "libtrivium.so"
+        path = folder / name
         if path.is_file():
             return path
-    raise FileNotFoundError(f"libtrivium.so is in none of {', '.join(map(str, folders))}: build and install trivium")
+    raise FileNotFoundError(f"{name} is in none of {', '.join(map(str, folders))}: build and install trivium")
 
 
 @cache

@@ -15,7 +15,6 @@ import grpc
 from . import headers, http2
 from .headers import Headers, Metadata
 
-_NO_SUCH = grpc.StatusCode.UNIMPLEMENTED
 _log = logging.getLogger(__name__)
 
 
@@ -37,7 +36,12 @@ class Peer(Protocol):
 
 
 class Aborted(Exception):
-    """Ends a handler: the call has its status."""
+    """Ends a handler, with the call's status."""
+
+    def __init__(self, code: grpc.StatusCode, details: str) -> None:
+        super().__init__(details)
+        self.code = code
+        self.details = details
 
 
 class Call:
@@ -47,7 +51,6 @@ class Call:
         "_connection",
         "_deadline",
         "_ended",
-        "_failure",
         "_handler",
         "_headers",
         "_messages",
@@ -70,7 +73,6 @@ class Call:
         self._messages: deque[tuple[bytes, bool]] = deque()
         self._ended = False
         self._over = False
-        self._failure: tuple[grpc.StatusCode, str] | None = None
         self._trailing: Metadata = ()
         self._wake: asyncio.Event | None = None
         if read.timeout is not None:
@@ -94,8 +96,7 @@ class Call:
     async def abort(self, code: grpc.StatusCode, details: str = "", trailing_metadata: Metadata = ()) -> NoReturn:
         """End the call with a status other than OK. Raises: always."""
         self._trailing = (*self._trailing, *trailing_metadata)
-        self._failure = code, details
-        raise Aborted
+        raise Aborted(code, details)
 
     async def write(self, message: Any) -> None:
         """Send one message of a stream."""
@@ -139,9 +140,7 @@ class Call:
         """Answer with a status, whatever the handler does."""
         if self._over:
             return
-        self._over = True
-        self._release()
-        self._connection.finish(self._stream, headers.trailers(code, details, self._trailing))
+        self._finish(code, details)
         if self._task is not None:
             self._task.cancel()
 
@@ -163,8 +162,8 @@ class Call:
                 if not self._over:
                     self._connection.send(self._stream, self._serialized(response), False)
                     self._finish()
-        except Aborted:
-            self._finish()
+        except Aborted as aborted:
+            self._finish(aborted.code, aborted.details)
         except Exception as error:
             self._crashed(error)
 
@@ -176,8 +175,8 @@ class Call:
             else:
                 await self.write(await handler.stream_unary(self._requests(), self))
             self._finish()
-        except Aborted:
-            self._finish()
+        except Aborted as aborted:
+            self._finish(aborted.code, aborted.details)
         except Exception as error:
             self._crashed(error)
 
@@ -206,8 +205,7 @@ class Call:
         try:
             return deserialize(data)
         except Exception:  # protobuf's error is a class of its own
-            self._failure = grpc.StatusCode.INTERNAL, "the request is no message of this method"
-            raise Aborted from None
+            raise Aborted(grpc.StatusCode.INTERNAL, "the request is no message of this method") from None
 
     def _serialized(self, message: Any) -> bytes:
         serialize = self._handler.response_serializer
@@ -217,29 +215,22 @@ class Call:
         encoding = self._headers.encoding
         if encoding not in ("gzip", "deflate"):
             self._trailing = (("grpc-accept-encoding", "identity, gzip, deflate"),)
-            self._failure = _NO_SUCH, f"messages in encoding {encoding[:40]!r} are not read"
-            raise Aborted
+            raise Aborted(grpc.StatusCode.UNIMPLEMENTED, f"messages in encoding {encoding[:40]!r} are not read")
         limit = self._connection.limits.max_message
         try:
             plain = await asyncio.to_thread(_inflate, data, limit)
         except zlib.error:
-            self._failure = grpc.StatusCode.INTERNAL, f"the message is not in encoding {encoding}"
-            raise Aborted from None
+            raise Aborted(grpc.StatusCode.INTERNAL, f"the message is not in encoding {encoding}") from None
         if len(plain) > limit:
-            self._failure = grpc.StatusCode.RESOURCE_EXHAUSTED, too_long(f"more than {limit}", limit)
-            raise Aborted
+            raise Aborted(grpc.StatusCode.RESOURCE_EXHAUSTED, too_long(f"more than {limit}", limit))
         return plain
 
-    def _finish(self) -> None:
+    def _finish(self, code: grpc.StatusCode = grpc.StatusCode.OK, details: str = "") -> None:
         if self._over:
             return
         self._over = True
         self._release()
-        if self._failure is None and not self._trailing:
-            self._connection.finish(self._stream, headers.OK)
-        else:
-            code, details = self._failure or (grpc.StatusCode.OK, "")
-            self._connection.finish(self._stream, headers.trailers(code, details, self._trailing))
+        self._connection.finish(self._stream, headers.trailers(code, details, self._trailing))
 
     def _crashed(self, error: Exception) -> None:
         _log.error("%s failed", self._headers.path, exc_info=error)

@@ -13,8 +13,7 @@ import grpc
 Metadata = Sequence[tuple[str, str | bytes]]
 MAX_TEXT = 2048
 """Characters of a status's text."""
-OK = b"grpc-status\x000\x00"
-"""The trailers of most calls."""
+_OK = b"grpc-status\x000\x00"
 _CODES = {code: str(code.value[0]).encode() for code in grpc.StatusCode}
 _UNITS = {"H": 3600.0, "M": 60.0, "S": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9}
 _TIMEOUT = re.compile(r"(\d{1,8})([HMSmun])")
@@ -67,6 +66,8 @@ def _base64(text: str) -> bytes:
 
 def trailers(code: grpc.StatusCode, details: str, metadata: Metadata) -> bytes:
     """A status as name, 0, value, 0 for each."""
+    if code is grpc.StatusCode.OK and not details and not metadata:
+        return _OK
     parts = [b"grpc-status", _CODES[code]]
     if details:
         # PROTOCOL-HTTP2: percent-encoded beyond printable ASCII

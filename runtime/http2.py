@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import ctypes
 from functools import cache
-from importlib import import_module
-from pathlib import Path
 from typing import NamedTuple
+
+from trivium.kernels.native import find_library
 
 HEADERS, MESSAGE, END, RESET, TOO_LONG, NO_ROOM = range(1, 7)
 _POINTER = ctypes.c_void_p
@@ -167,11 +167,7 @@ def library() -> ctypes.PyDLL:
 
     Raises: FileNotFoundError where it was never built; OSError where it cannot be loaded.
     """
-    folders = [Path(folder) for folder in import_module(__package__).__path__]
-    path = next((file for folder in folders if (file := folder / "libtrivium_http2.so").is_file()), None)
-    if path is None:
-        raise FileNotFoundError(f"libtrivium_http2.so is in none of {', '.join(map(str, folders))}")
-    lib = ctypes.PyDLL(str(path))
+    lib = ctypes.PyDLL(str(find_library(__package__, "libtrivium_http2.so")))
     for name, result, arguments in (
         ("open", _POINTER, [ctypes.POINTER(_Limits)]),
         ("close", None, [_POINTER]),

@@ -84,7 +84,7 @@ class Job(Generic[T]):
 
 Pictures = list[tuple[Job[T], int]]
 """A batch: jobs, and which of each one's pictures."""
-Together = Callable[[list[tuple["Job[T]", int]]], Sequence[T | TriviumError]]
+Together = Callable[[Pictures[T]], Sequence[T | TriviumError]]
 Level = OrderedDict[str, "OrderedDict[Job, None]"]  # type: ignore[type-arg]
 
 

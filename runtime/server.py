@@ -133,20 +133,17 @@ class Server:
 
     def _transport(self) -> Any:
         settings = self.settings
-        if self._credentials is not None:
-            if settings.transport == "http2":
-                raise ConfigError("transport http2 has no TLS; leave transport at auto, or TLS to a proxy")
-            return grpc.aio.server(options=grpc_options(settings))
-        if settings.transport == "grpc":
-            return grpc.aio.server(options=grpc_options(settings))
-        try:
+        if self._credentials is not None and settings.transport == "http2":
+            raise ConfigError("transport http2 has no TLS; leave transport at auto, or TLS to a proxy")
+        if self._credentials is None and settings.transport != "grpc":
             limits = http2.Limits(settings.max_message_bytes, settings.max_queue_bytes, settings.max_streams)
-            return Http2Server(limits, settings.keepalive_seconds, settings.connection_age_seconds)
-        except OSError as error:
-            if settings.transport == "http2":
-                raise ConfigError(f"transport http2: {error}") from None
-            _log.warning("gRPC's own transport serves, which costs more CPU: %s", error)
-            return grpc.aio.server(options=grpc_options(settings))
+            try:
+                return Http2Server(limits, settings.keepalive_seconds, settings.connection_age_seconds)
+            except OSError as error:
+                if settings.transport == "http2":
+                    raise ConfigError(f"transport http2: {error}") from None
+                _log.warning("gRPC's own transport serves, which costs more CPU: %s", error)
+        return grpc.aio.server(options=grpc_options(settings))
 
     async def load(self) -> None:
         """Open, verify, start and self-test every bundle.

@@ -132,7 +132,6 @@ class Connection(asyncio.BufferedProtocol):
             self._http2.shutdown()
             self._draining = True
             self._flush()
-            self._close_when_idle()
 
     def close(self) -> None:
         """Send what can be sent, and end."""
@@ -149,11 +148,7 @@ class Connection(asyncio.BufferedProtocol):
             return
         if data := self._http2.output():
             self._transport.write(data)
-        if self._draining:
-            self._close_when_idle()
-
-    def _close_when_idle(self) -> None:
-        if self._transport is not None and not self._http2.streams:
+        if self._draining and not self._http2.streams:
             self._transport.close()
 
     def _begin(self, stream: int, data: bytes) -> None:

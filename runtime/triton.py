@@ -13,13 +13,10 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from time import perf_counter_ns
 from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
-
-from trivium.kernels import HeadStatistics
 
 from .bundle import Manifest
 from .errors import EngineError, InvalidRequest, TriviumError
@@ -104,39 +101,24 @@ class Model:
             return self._known(error)
 
     def _decode(self, encoded: Sequence[bytes], router: str | None) -> Pictures:
-        images, times = [], []
-        for index, data in enumerate(encoded):
-            start = perf_counter_ns()
-            try:
-                images.append(self.predictor.decode(data))
-            except TriviumError as error:
-                if len(encoded) == 1:
-                    raise
-                raise type(error)(f"picture {index}: {error}") from None
-            times.append(perf_counter_ns() - start)
-        return Pictures(np.stack(images), times, router)
+        decoded = [self.predictor.decode_one(encoded, index) for index in range(len(encoded))]
+        return Pictures(np.stack([image for image, _ in decoded]), [decode_ns for _, decode_ns in decoded], router)
 
     def _answer(self, asked: Sequence[Pictures]) -> list[list[Prediction] | TriviumError]:
         """One run of the engine for all requests; each is routed by its own rule."""
         images = asked[0].images if len(asked) == 1 else np.concatenate([one.images for one in asked])
-        start = perf_counter_ns()
         try:
-            statistics = self.predictor.engine.run(images)
+            statistics, compute_ns = self.predictor.run_together(images)
         except Exception as error:
             return [self._known(error)] * len(asked)
-        compute_ns = (perf_counter_ns() - start) // len(images)
-        rows = iter(range(len(images)))
+        rows = iter(statistics)
         answers: list[list[Prediction] | TriviumError] = []
         for one in asked:
             own = [next(rows) for _ in one.decode_ns]
             try:
                 answers.append(
                     [
-                        self.predictor.answer(
-                            HeadStatistics(*(values[row : row + 1] for values in statistics)),
-                            one.router,
-                            Timings(decode_ns, 0, compute_ns),
-                        )
+                        self.predictor.answer(row, one.router, Timings(decode_ns, 0, compute_ns))
                         for row, decode_ns in zip(own, one.decode_ns, strict=True)
                     ]
                 )

@@ -152,9 +152,7 @@ def check_bundle(root: Path, data: bytes) -> None:
 
 
 def check_golden(root: Path, data: bytes) -> None:
-    root.mkdir(exist_ok=True)
-    path = root / "golden.npz"
-    path.write_bytes(data)
+    path = _file(root, "golden.npz", data)
     try:
         golden = _read_golden(path)
     except EngineError as error:
@@ -165,9 +163,7 @@ def check_golden(root: Path, data: bytes) -> None:
 
 
 def check_weights(root: Path, data: bytes) -> None:
-    root.mkdir(exist_ok=True)
-    path = root / "model.onnx"
-    path.write_bytes(data)
+    path = _file(root, "model.onnx", data)
     try:
         names = external_files(path)
     except ValueError:
@@ -177,9 +173,7 @@ def check_weights(root: Path, data: bytes) -> None:
 
 
 def check_tokens(root: Path, data: bytes) -> None:
-    root.mkdir(exist_ok=True)
-    path = root / "tokens"
-    path.write_bytes(data)
+    path = _file(root, "tokens", data)
     try:
         tokens = Tokens(path)
     except ConfigError as error:
@@ -191,9 +185,7 @@ def check_tokens(root: Path, data: bytes) -> None:
 
 
 def check_settings(root: Path, data: bytes) -> None:
-    root.mkdir(exist_ok=True)
-    path = root / "settings.yaml"
-    path.write_bytes(data)
+    path = _file(root, "settings.yaml", data)
     try:
         found, _ = load(["--config", str(path)], {}, "trivium serve")
     except ConfigError as error:
@@ -201,6 +193,13 @@ def check_settings(root: Path, data: bytes) -> None:
         return
     path.write_text(found.yaml(), encoding="utf-8")
     assert load(["--config", str(path)], {}, "trivium serve")[0] == found
+
+
+def _file(root: Path, name: str, data: bytes) -> Path:
+    root.mkdir(exist_ok=True)
+    path = root / name
+    path.write_bytes(data)
+    return path
 
 
 def _one_line(error: TriviumError) -> None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from tests import processes
 
 if TYPE_CHECKING:
     from tests.triton.server import TritonServer
@@ -73,12 +74,9 @@ class ServerProcess:
 
     def stop(self, number: signal.Signals = signal.SIGINT, seconds: float = 30.0) -> int:
         """Send a signal and wait; the exit status."""
-        if self.process.poll() is None:
-            self.process.send_signal(number)
         try:
-            return self.process.wait(seconds)
+            return processes.stop(self.process, number, seconds)
         finally:
-            self.process.kill()
             assert self.process.stdout is not None
             self.process.stdout.close()
 

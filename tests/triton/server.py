@@ -27,6 +27,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests import processes
+
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "build/triton"
 PACKAGE = "nvidia-pytriton==0.7.0"
@@ -228,12 +230,7 @@ class TritonServer:
 
     def stop(self, number: signal.Signals = signal.SIGTERM, seconds: float = 30.0) -> int:
         """Send a signal and wait; the exit status."""
-        if self.process.poll() is None:
-            self.process.send_signal(number)
-        try:
-            return self.process.wait(seconds)
-        finally:
-            self.process.kill()
+        return processes.stop(self.process, number, seconds)
 
     def _ready(self) -> bool:
         try:
