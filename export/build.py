@@ -19,7 +19,7 @@ from rich.table import Table
 from trivium.runtime.bundle import Bundle, Calibration, Manifest, Quantization, RouterSettings, seal
 from trivium.runtime.engine import Engine
 from trivium.runtime.errors import ConfigError
-from trivium.train.calibrate import calibrate
+from trivium.train.calibration.calibrate import calibrate
 
 from . import drift, pack, parity, quantize, tensorrt, triton
 from .half import half_precision

@@ -24,8 +24,8 @@ from rich.table import Table
 from trivium.runtime.bundle import MANIFEST, open_bundle
 from trivium.runtime.errors import BundleError, TriviumError
 from trivium.train.checkpoint import read_meta
-from trivium.train.corruptions import TEST_CORRUPTIONS, corrupt
-from trivium.train.data import load_described
+from trivium.train.data.pictures import load_described
+from trivium.train.shifts.corruptions import TEST_CORRUPTIONS, corrupt
 
 from .source import package_versions
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from trivium.kernels import dropout_masks
 from trivium.runtime.bundle import Dropout, Preprocessing
 from trivium.runtime.errors import ClientError
-from trivium.train.mc import Heads
+from trivium.train.models.mc import Heads
 
 from .graph import IMAGE, IR_VERSION, OPSET, append_heads
 

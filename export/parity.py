@@ -18,7 +18,7 @@ from trivium.runtime.bundle import Bundle, Dropout, Manifest, Preprocessing
 from trivium.runtime.engine import Engine
 from trivium.runtime.errors import ServerError
 from trivium.runtime.router import route
-from trivium.train.mc import Heads, predict
+from trivium.train.models.mc import Heads, predict
 
 from .graph import IMAGE, OUTPUTS
 from .onnx import FEATURES, masks_of

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from trivium.runtime.bundle import Preprocessing, Quantization
 from trivium.runtime.errors import ConfigError, EngineError
 from trivium.runtime.preprocess import SUFFIXES, read_picture
-from trivium.train.data import Pictures
+from trivium.train.data.pictures import Pictures
 
 from .graph import IMAGE
 from .onnx import strip

@@ -16,10 +16,10 @@ from torch import nn
 
 from trivium.runtime.bundle import Dropout, Preprocessing, digest
 from trivium.runtime.errors import ConfigError
-from trivium.train.backbone import wrap_timm
 from trivium.train.checkpoint import load_student
-from trivium.train.data import Pictures, load_described
-from trivium.train.mc import Heads
+from trivium.train.data.pictures import Pictures, load_described
+from trivium.train.models.backbone import wrap_timm
+from trivium.train.models.mc import Heads
 
 from .labels import imagenet_labels, read_labels
 

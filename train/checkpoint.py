@@ -19,8 +19,8 @@ from torch import Tensor
 from trivium.runtime.bundle import Dropout, Name, Preprocessing, digest
 from trivium.runtime.errors import ClientError, TriviumError
 
-from .backbone import create, split
-from .student import Student, Tail
+from .models.backbone import create, split
+from .models.student import Student, Tail
 
 SCHEMA_VERSION = 1
 CHECKPOINT = "checkpoint.json"

@@ -13,9 +13,9 @@ from rich.table import Table
 
 from trivium.runtime.errors import ConfigError
 
-from . import fashion_mnist
-from .data import open_splits, parse_spec
-from .sources import SPLITS
+from .data import fashion_mnist
+from .data.pictures import open_splits, parse_spec
+from .data.sources import SPLITS
 
 SHOWN = 20
 """Skipped files named one by one; the rest is counted."""

@@ -18,15 +18,15 @@ from rich.table import Table
 from trivium.runtime.bundle import Preprocessing
 from trivium.runtime.errors import ConfigError
 
-from .corruptions import TEST_CORRUPTIONS
-from .data import Pictures, load_described, load_pictures, parse_spec
-from .evaluate import evaluate
-from .gallery import gallery
-from .report import write_report
-from .results import Difference, Results, Two, read_results, write_csv, write_results
-from .subject import Subject, open_subject
-from .summary import MEASURES, document, summarise
-from .tally import choose_pictures
+from .data.pictures import Pictures, load_described, load_pictures, parse_spec
+from .evaluation.evaluate import evaluate
+from .evaluation.gallery import gallery
+from .evaluation.report import write_report
+from .evaluation.results import Difference, Results, Two, read_results, write_csv, write_results
+from .evaluation.subject import Subject, open_subject
+from .evaluation.summary import MEASURES, document, summarise
+from .evaluation.tally import choose_pictures
+from .shifts.corruptions import TEST_CORRUPTIONS
 
 RESULTS, TABLE, REPORT, SUMMARY = "results.json", "results.csv", "report.html", "summary.json"
 

@@ -12,13 +12,13 @@ from torch import Tensor
 from trivium.runtime.bundle import Preprocessing
 from trivium.runtime.errors import ConfigError
 
-from .backbone import create, preprocessing_of
-from .data import load_pictures
+from .data.pictures import load_pictures
 from .loop import Machine, accuracy, derive
-from .mc import normalise
+from .models.backbone import create, preprocessing_of
+from .models.mc import normalise
+from .models.student import Student
 from .recipe import Recipe
-from .student import Student
-from .views import Shifts, clean_view
+from .shifts.views import Shifts, clean_view
 
 GLANCE = 1000
 """Calibration pictures that an epoch's check looks at."""

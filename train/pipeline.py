@@ -17,7 +17,6 @@ from torch import nn
 from trivium.runtime.bundle import digest
 from trivium.runtime.errors import ConfigError
 
-from .backbone import create, load_weights, read_state
 from .checkpoint import (
     WEIGHTS,
     Architecture,
@@ -30,12 +29,13 @@ from .checkpoint import (
 )
 from .feed import Feed
 from .loop import Loss, Stage, accuracy, derive, fingerprint, fit, machine
-from .objectives import original_objective, student_objective, teacher_objective
+from .methods.objectives import original_objective, student_objective, teacher_objective
+from .methods.teacher import Preflight, judge
+from .models.backbone import create, load_weights, read_state
+from .models.stages import Classifier, split
+from .models.student import Student
 from .progress import Watch
 from .recipe import Model, Recipe
-from .stages import Classifier, split
-from .student import Student
-from .teacher import Preflight, judge
 
 MODEL = "model.safetensors"
 STAGE = "stage.json"

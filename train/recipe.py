@@ -14,10 +14,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from trivium.runtime.bundle import Dropout
 from trivium.runtime.errors import ConfigError
 
-from .data import DataSpec
-from .losses import Uncertainty
-from .student import Tail
-from .views import CleanSpec, ShiftSpec
+from .data.pictures import DataSpec
+from .methods.losses import Uncertainty
+from .models.student import Tail
+from .shifts.views import CleanSpec, ShiftSpec
 
 RECIPES = Path(__file__).parent / "recipes"
 Count = Annotated[int, Field(ge=1)]
@@ -112,7 +112,7 @@ class Heads(Section):
 
 
 class Distillation(Section):
-    """The student's losses L_c, L_u and L_m (train/losses.py)."""
+    """The student's losses L_c, L_u and L_m (train/methods/losses.py)."""
 
     schedule: Schedule
     tau: Rate = 2.0

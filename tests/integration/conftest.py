@@ -153,10 +153,10 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A student with untrained but differing heads, and scikit-learn's digits to calibrate it on."""
     torch = pytest.importorskip("torch", reason="students need torch: pip install 'trivium[export]'")
     from trivium.runtime.bundle import Dropout, Preprocessing
-    from trivium.train.backbone import create, split
     from trivium.train.checkpoint import Architecture, CheckpointMeta, Cost, save_checkpoint
-    from trivium.train.data import DataSpec, load_pictures
-    from trivium.train.student import Student
+    from trivium.train.data.pictures import DataSpec, load_pictures
+    from trivium.train.models.backbone import create, split
+    from trivium.train.models.student import Student
 
     torch.manual_seed(0)
     heads = ("clean", "robust", "combined")

@@ -41,7 +41,7 @@ def test_the_picture_or_the_line(name: str) -> None:
 
 
 def test_training_reads_files_as_serving_does(tmp_path: Path) -> None:
-    sources = pytest.importorskip("trivium.train.sources", reason="pip install 'trivium[train]'")
+    sources = pytest.importorskip("trivium.train.data.sources", reason="pip install 'trivium[train]'")
     for number, (name, evil) in enumerate(EVIL.items()):
         path = tmp_path / f"{number}.png"
         path.write_bytes(evil.data)

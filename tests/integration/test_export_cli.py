@@ -20,7 +20,7 @@ from trivium.runtime.bundle import digest, open_bundle
 from trivium.runtime.cli import main
 from trivium.runtime.engine import Engine
 from trivium.train.checkpoint import load_student
-from trivium.train.mc import predict
+from trivium.train.models.mc import predict
 
 HEADS = ("clean", "robust", "combined")
 Run = Callable[..., tuple[int, str, str]]

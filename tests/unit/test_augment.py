@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from trivium.train import augment
-from trivium.train.augment import OPERATIONS, apply_operations, augmix, fractals, pixmix, structural
+from trivium.train.shifts import augment
+from trivium.train.shifts.augment import OPERATIONS, apply_operations, augmix, fractals, pixmix, structural
 
 SIZES = [(28, 28), (40, 56)]
 

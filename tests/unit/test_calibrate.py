@@ -8,10 +8,10 @@ import pytest
 from trivium.kernels import HeadStatistics
 from trivium.runtime.bundle import Dropout, Preprocessing, RouterSettings
 from trivium.runtime.router import route, shift_probability, symmetric_divergence
-from trivium.train import calibrate, comparison
-from trivium.train.comparison import Candidate, choose_router, compare_routers, provisional
-from trivium.train.metrics import Interval
-from trivium.train.observe import Observations
+from trivium.train.calibration import calibrate, comparison
+from trivium.train.calibration.comparison import Candidate, choose_router, compare_routers, provisional
+from trivium.train.calibration.observe import Observations
+from trivium.train.evaluation.metrics import Interval
 
 HEADS = ["clean", "robust", "combined"]
 PREPROCESSING = Preprocessing(height=28, width=28, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))

@@ -10,9 +10,9 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from trivium.train.corruptions import CALIBRATION_CORRUPTIONS, TEST_CORRUPTIONS, corrupt
-from trivium.train.filters import disc, gaussian, plasma, sample, shuffle, zoom
-from trivium.train.strengths import SEVERITIES, STRENGTHS, strengths
+from trivium.train.shifts.corruptions import CALIBRATION_CORRUPTIONS, TEST_CORRUPTIONS, corrupt
+from trivium.train.shifts.filters import disc, gaussian, plasma, sample, shuffle, zoom
+from trivium.train.shifts.strengths import SEVERITIES, STRENGTHS, strengths
 
 ALL = TEST_CORRUPTIONS + CALIBRATION_CORRUPTIONS
 Bytes = NDArray[np.uint8]

@@ -20,9 +20,10 @@ from pydantic import ValidationError
 from trivium.runtime.bundle import Preprocessing
 from trivium.runtime.errors import ConfigError, InvalidPicture
 from trivium.runtime.preprocess import read_picture
-from trivium.train import data_cli, fashion_mnist
-from trivium.train.data import DataSpec, Limits, crop_box, load_described, load_pictures, parse_spec
-from trivium.train.sources import SPLITS, split_parts, stratified_order
+from trivium.train import data_cli
+from trivium.train.data import fashion_mnist
+from trivium.train.data.pictures import DataSpec, Limits, crop_box, load_described, load_pictures, parse_spec
+from trivium.train.data.sources import SPLITS, split_parts, stratified_order
 
 SMALL = Preprocessing(height=28, width=28, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 REAL = fashion_mnist.locate()

@@ -13,14 +13,15 @@ from trivium.runtime.bundle import open_bundle
 from trivium.runtime.engine import Engine
 from trivium.runtime.errors import BundleError, ConfigError
 from trivium.runtime.router import route
-from trivium.train import evaluate, evaluate_cli
+from trivium.train import evaluate_cli
 from trivium.train.checkpoint import CheckpointError
-from trivium.train.corruptions import TEST_CORRUPTIONS, corrupt
-from trivium.train.data import DataSpec, load_pictures
-from trivium.train.results import Results, read_results
-from trivium.train.subject import BundleSubject, open_subject
-from trivium.train.summary import DEFAULT, summarise
-from trivium.train.tally import Tally, choose_pictures, labels_for, variants
+from trivium.train.data.pictures import DataSpec, load_pictures
+from trivium.train.evaluation import evaluate
+from trivium.train.evaluation.results import Results, read_results
+from trivium.train.evaluation.subject import BundleSubject, open_subject
+from trivium.train.evaluation.summary import DEFAULT, summarise
+from trivium.train.evaluation.tally import Tally, choose_pictures, labels_for, variants
+from trivium.train.shifts.corruptions import TEST_CORRUPTIONS, corrupt
 
 CLASSES = [f"class {i}" for i in range(10)]
 

@@ -9,12 +9,12 @@ from trivium.kernels import dropout_masks, mc_heads_ref
 from trivium.runtime.bundle import Dropout, Preprocessing
 from trivium.runtime.errors import ConfigError
 from trivium.runtime.router import routers
-from trivium.train import calibrate
-from trivium.train.backbone import create, split
-from trivium.train.comparison import provisional
-from trivium.train.data import DataSpec, Pictures, load_pictures
-from trivium.train.observe import Observer
-from trivium.train.student import Student
+from trivium.train.calibration import calibrate
+from trivium.train.calibration.comparison import provisional
+from trivium.train.calibration.observe import Observer
+from trivium.train.data.pictures import DataSpec, Pictures, load_pictures
+from trivium.train.models.backbone import create, split
+from trivium.train.models.student import Student
 
 PREPROCESSING = Preprocessing(height=8, width=8, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
 DROPOUT = Dropout(rate=0.5, passes=16, seed=3)

@@ -11,12 +11,12 @@ import pytest
 from PIL import Image
 
 from trivium.runtime.bundle import Calibration
-from trivium.train.data import DataSpec, load_pictures
-from trivium.train.evaluate import evaluate
-from trivium.train.gallery import LARGEST, data_uri, gallery
-from trivium.train.report import heat, percent, render, signed, styles, write_report
-from trivium.train.results import Results
-from trivium.train.subject import BundleSubject
+from trivium.train.data.pictures import DataSpec, load_pictures
+from trivium.train.evaluation.evaluate import evaluate
+from trivium.train.evaluation.gallery import LARGEST, data_uri, gallery
+from trivium.train.evaluation.report import heat, percent, render, signed, styles, write_report
+from trivium.train.evaluation.results import Results
+from trivium.train.evaluation.subject import BundleSubject
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 NASTY = '<script>alert(1)</script> & "co"'

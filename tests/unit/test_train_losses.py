@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from trivium.train import losses
+from trivium.train.methods import losses
 
 RNG = np.random.default_rng(0)
 B, C, T = 7, 5, 6

@@ -11,11 +11,11 @@ from PIL import Image
 from rich.console import Console
 
 from trivium.runtime.errors import ConfigError
-from trivium.train.backbone import create
 from trivium.train.checkpoint import load_student
+from trivium.train.models.backbone import create
 from trivium.train.pipeline import train
 from trivium.train.recipe import Recipe
-from trivium.train.views import CleanSpec, Shifts, ShiftSpec, clean_view
+from trivium.train.shifts.views import CleanSpec, Shifts, ShiftSpec, clean_view
 
 NET = "trivium_resnet10_tiny"
 

@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 
 from trivium.train.checkpoint import load_student
 from trivium.train.loop import TrainingDiverged
+from trivium.train.methods.teacher import Preflight, TeacherRefused, judge
 from trivium.train.pipeline import train
 from trivium.train.recipe import Recipe
-from trivium.train.teacher import Preflight, TeacherRefused, judge
 
 NET = {"model": "trivium_resnet10_tiny"}
 RECIPE = {

@@ -13,10 +13,10 @@ from safetensors.torch import save_file
 from trivium.kernels import dropout_masks, mc_heads_ref
 from trivium.runtime.bundle import Dropout, Preprocessing
 from trivium.runtime.errors import ConfigError
-from trivium.train.backbone import create, load_weights, preprocessing_of, split, wrap_timm
 from trivium.train.checkpoint import Architecture, CheckpointError, CheckpointMeta, load_student, save_checkpoint
-from trivium.train.mc import mc_statistics, predict
-from trivium.train.student import Student
+from trivium.train.models.backbone import create, load_weights, preprocessing_of, split, wrap_timm
+from trivium.train.models.mc import mc_statistics, predict
+from trivium.train.models.student import Student
 
 HEADS = ["clean", "robust", "combined"]
 
@@ -148,7 +148,7 @@ def test_statistics_do_not_depend_on_the_chunks(monkeypatch):
     h, w, b = torch.randn(11, 20), torch.randn(2, 5, 20), torch.randn(2, 5)
     masks = dropout_masks(8, 20, 0.5, 0)
     whole = mc_statistics(h, w, b, [1.0, 1.0], masks, 0.5)
-    monkeypatch.setattr("trivium.train.mc.CHUNK", 1)
+    monkeypatch.setattr("trivium.train.models.mc.CHUNK", 1)
     for a, c in zip(whole, mc_statistics(h, w, b, [1.0, 1.0], masks, 0.5), strict=True):
         np.testing.assert_allclose(a, c, atol=1e-6)
 

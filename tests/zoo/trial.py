@@ -32,8 +32,8 @@ from trivium.export.tensorrt import prepare
 from trivium.kernels import HeadStatistics
 from trivium.runtime.bundle import Dropout, Preprocessing
 from trivium.runtime.errors import TriviumError
-from trivium.train.backbone import create, preprocessing_of
-from trivium.train.mc import mc_statistics, normalise
+from trivium.train.models.backbone import create, preprocessing_of
+from trivium.train.models.mc import mc_statistics, normalise
 
 from .architectures import Architecture
 

@@ -13,8 +13,8 @@ from PIL import Image
 
 from trivium.runtime.router import route, symmetric_divergence
 
-from .corruptions import corrupt
-from .data import Pictures
+from ..data.pictures import Pictures
+from ..shifts.corruptions import corrupt
 from .subject import Subject
 from .tally import labels_for
 

@@ -14,9 +14,9 @@ from trivium.runtime.bundle import Manifest
 from trivium.runtime.errors import ConfigError
 from trivium.runtime.router import route, routers, symmetric_divergence
 
+from ..data.pictures import Pictures
+from ..shifts.corruptions import SEVERITIES, TEST_CORRUPTIONS, corrupt
 from . import metrics
-from .corruptions import SEVERITIES, TEST_CORRUPTIONS, corrupt
-from .data import Pictures
 from .subject import Probabilities, Subject
 
 ORIGINAL = "original"

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from trivium.runtime.bundle import Dropout, File, Manifest, Preprocessing, RouterSettings
 from trivium.runtime.router import route, routers
 
-from .metrics import Interval, paired_bootstrap
+from ..evaluation.metrics import Interval, paired_bootstrap
 from .observe import Observations
 
 Floats = NDArray[np.float64]

@@ -17,11 +17,11 @@ from trivium.runtime.engine import Engine
 from trivium.runtime.errors import ConfigError
 from trivium.runtime.router import route
 
-from .calibrate import calibrate
-from .checkpoint import CHECKPOINT, load_student
-from .comparison import provisional
-from .data import load_described
-from .observe import Observer
+from ..calibration.calibrate import calibrate
+from ..calibration.comparison import provisional
+from ..calibration.observe import Observer
+from ..checkpoint import CHECKPOINT, load_student
+from ..data.pictures import load_described
 
 Probabilities = NDArray[np.float32]
 

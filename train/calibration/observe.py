@@ -13,8 +13,8 @@ from torch import Tensor
 from trivium.kernels import HeadStatistics, dropout_masks
 from trivium.runtime.bundle import Dropout, Preprocessing
 
-from .mc import Heads, mc_statistics, normalise
-from .student import Student
+from ..models.mc import Heads, mc_statistics, normalise
+from ..models.student import Student
 
 BATCH = 64
 """Pictures a forward pass."""

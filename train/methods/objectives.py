@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from .feed import Feed
-from .loop import Loss
+from ..feed import Feed
+from ..loop import Loss
+from ..models.stages import Classifier
+from ..models.student import Student
+from ..recipe import Distillation, Model, Teacher
 from .losses import clean_loss, combined_loss, robust_loss, uncertainty_weight
-from .recipe import Distillation, Model, Teacher
-from .stages import Classifier
-from .student import Student
 from .teacher import teacher_loss, teacher_passes
 
 
@@ -33,7 +33,7 @@ def original_objective(feed: Feed, model: nn.Module, settings: Model) -> Loss:
 
 
 def teacher_objective(feed: Feed, model: nn.Module, settings: Teacher) -> Loss:
-    """The teacher's loss on shifted views (train/teacher.py)."""
+    """The teacher's loss on shifted views (train/methods/teacher.py)."""
     smoothing = settings.schedule.label_smoothing if settings.schedule else 0.0
 
     def loss(
@@ -50,7 +50,7 @@ def teacher_objective(feed: Feed, model: nn.Module, settings: Teacher) -> Loss:
 
 
 def student_objective(feed: Feed, student: Student, teacher: Classifier | None, settings: Distillation) -> Loss:
-    """L = L_c + L_u + L_m over the heads that the student has (train/losses.py)."""
+    """L = L_c + L_u + L_m over the heads that the student has (train/methods/losses.py)."""
 
     def loss(
         pictures: Tensor, indices: NDArray[np.int64], generator: torch.Generator

@@ -20,12 +20,12 @@ from trivium.runtime.bundle import BlendRule, Calibration, Dropout, PaperRule, R
 from trivium.runtime.errors import ConfigError
 from trivium.runtime.router import SHIFT_FEATURES, routers, shift_features, symmetric_divergence
 
+from ..data.pictures import Pictures
+from ..models.mc import Heads
+from ..shifts.corruptions import CALIBRATION_CORRUPTIONS, SEVERITIES, corrupt
+from ..shifts.views import Shifts, ShiftSpec
 from .comparison import choose_router, compare_routers, provisional
-from .corruptions import CALIBRATION_CORRUPTIONS, SEVERITIES, corrupt
-from .data import Pictures
-from .mc import Heads
 from .observe import CLEAN, Observations, Observer
-from .views import Shifts, ShiftSpec
 
 DOMAINS = {"clean": (True, False), "robust": (False, True)}
 """Head -> whether clean and shifted pictures are its own calibration domain; both for every other head."""

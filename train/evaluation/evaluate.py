@@ -16,9 +16,9 @@ from trivium.runtime.bundle import Manifest
 from trivium.runtime.errors import ConfigError
 from trivium.runtime.router import routers
 
+from ..data.pictures import Pictures
+from ..shifts.corruptions import SEVERITIES, TEST_CORRUPTIONS
 from . import metrics
-from .corruptions import SEVERITIES, TEST_CORRUPTIONS
-from .data import Pictures
 from .results import (
     Answerer,
     Bounds,

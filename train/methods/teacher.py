@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from trivium.runtime.errors import ClientError
 
+from ..models.stages import Classifier
 from .losses import jensen_shannon
-from .stages import Classifier
 
 Shift = Callable[[Tensor, torch.Generator], Tensor]
 Normalise = Callable[[Tensor], Tensor]

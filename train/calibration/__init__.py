@@ -1,0 +1,1 @@
+"""Temperatures, routing rules and the choice among them."""

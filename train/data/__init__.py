@@ -1,0 +1,1 @@
+"""Labelled pictures: sources, fixed splits, batches as serving sees them."""

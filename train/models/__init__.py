@@ -1,0 +1,1 @@
+"""Classifiers: timm models cut into stages, students with heads, small networks."""
