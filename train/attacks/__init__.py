@@ -1,0 +1,1 @@
+"""Attacks: pictures changed within a ball so that a classifier is wrong about them."""
