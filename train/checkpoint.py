@@ -20,6 +20,7 @@ from trivium.runtime.bundle import Dropout, Name, Preprocessing, digest
 from trivium.runtime.errors import ClientError, TriviumError
 
 from .models.backbone import create, split
+from .models.stages import Classifier
 from .models.student import Student, Tail
 
 SCHEMA_VERSION = 1
@@ -125,6 +126,25 @@ def load_student(path: str | os.PathLike[str]) -> tuple[Student, CheckpointMeta]
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{target}: weights do not fit {plan.model} ({reason})") from None
     return student.eval(), meta
+
+
+def load_classifier(path: str) -> tuple[Classifier, CheckpointMeta]:
+    """One head of a run as a classifier of its own, from RUN where it has one head, or RUN#HEAD.
+
+    Raises: CheckpointError with one line.
+    """
+    run, _, name = path.partition("#")
+    student, meta = load_student(run)
+    if not name and len(meta.heads) > 1:
+        raise CheckpointError(f"{run}: it has the heads {', '.join(meta.heads)}: name one, as {run}#{meta.heads[0]}")
+    if name and name not in meta.heads:
+        raise CheckpointError(f"{run}: no head {name!r}; it has: {', '.join(meta.heads)}")
+    return student.classifier(name or meta.heads[0]).eval(), meta
+
+
+def is_run(weights: str) -> bool:
+    """Whether a recipe's `weights` name a run's directory, as RUN or RUN#HEAD."""
+    return weights not in ("train", "hub") and Path(weights.partition("#")[0]).is_dir()
 
 
 def read_meta(root: Path) -> CheckpointMeta:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from trivium.runtime.bundle import Preprocessing
 from trivium.runtime.errors import ConfigError
 
+from .checkpoint import is_run, read_meta
 from .data.pictures import load_pictures
 from .loop import Machine, accuracy, derive
 from .models.backbone import create, preprocessing_of
@@ -34,6 +36,8 @@ class Feed:
         self.recipe, self.machine = recipe, machine
         probe = create(recipe.original.model, None, recipe.original.kwargs)
         preprocessing = preprocessing_of(probe, recipe.input.model_dump())
+        if is_run(recipe.original.weights):
+            preprocessing = read_meta(Path(recipe.original.weights.partition("#")[0])).preprocessing
         self.pictures = load_pictures(
             recipe.data, "train", preprocessing, train_transform=recipe.views.crop == "resized"
         )

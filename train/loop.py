@@ -29,7 +29,7 @@ from trivium.runtime.errors import ClientError
 
 from .checkpoint import Cost, replace_directory, save_tensors, write_json
 from .progress import Watch
-from .recipe import Schedule
+from .sections import Schedule
 
 STATE = "state.json"
 TENSORS = "tensors.safetensors"

@@ -6,6 +6,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +23,29 @@ from .checkpoint import (
     Architecture,
     CheckpointMeta,
     Cost,
+    is_run,
+    load_classifier,
     package_versions,
+    read_meta,
     save_checkpoint,
     save_tensors,
     write_json,
 )
 from .feed import Feed
 from .loop import Loss, Stage, accuracy, derive, fingerprint, fit, machine
-from .methods.objectives import original_objective, student_objective, teacher_objective
-from .methods.teacher import Preflight, judge
+from .methods import robustify
+from .methods.clean import original_objective
+from .methods.teacher import Preflight, judge, teacher_objective
 from .models.backbone import create, load_weights, read_state
 from .models.stages import Classifier, split
 from .models.student import Student
 from .progress import Watch
-from .recipe import Model, Recipe
+from .recipe import Recipe
+from .sections import Model, Schedule
 
+METHODS: dict[str, Callable[[Run, Student, Classifier | None, str], None]] = {"student": robustify.run}
+"""Section of the recipe -> what trains the heads of a student in place, from the run, the student, the teacher and the
+fingerprint of all that these came from."""
 MODEL = "model.safetensors"
 STAGE = "stage.json"
 CHECKED = 5000
@@ -98,7 +107,10 @@ class Run:
             )
             if recipe.preflight != "off":
                 self._preflight(original, teacher, fingerprint(original_print, teacher_print))
-        student = self._student(original, teacher, fingerprint(original_print, teacher_print))
+        student = self._student(original)
+        sources = {head: source_of(path) for head, path in recipe.heads.sources.items()}
+        heads = recipe.heads.model_dump(exclude={"sources"})
+        METHODS[recipe.method](self, student, teacher, fingerprint(original_print, teacher_print, heads, sources))
         meta = CheckpointMeta(
             name=recipe.name,
             classes=feed.classes,
@@ -108,7 +120,7 @@ class Run:
             architecture=Architecture(
                 model=recipe.original.model,
                 kwargs=recipe.original.kwargs,
-                depth=recipe.heads.depth,
+                depth=student.depth,
                 tail=recipe.heads.tail,
                 freeze_norm=recipe.heads.freeze_norm,
             ),
@@ -130,10 +142,9 @@ class Run:
         """A whole timm model, trained or fetched, as a frozen Classifier; and its fingerprint."""
         directory = self.out / name
         weights = settings.weights
-        source = digest(Path(weights)) if Path(weights).is_file() else weights
-        mark = fingerprint(name, *self.common, settings.model_dump(exclude={"weights"}), source, more)
+        mark = fingerprint(name, *self.common, settings.model_dump(exclude={"weights"}), source_of(weights), more)
         torch.manual_seed(derive(self.recipe.seed, name, "initial"))
-        done = self._done(name, directory, mark, directory / MODEL)
+        done = self._done(name, directory, mark)
         model = create(
             settings.model, len(self.feed.classes), settings.kwargs, pretrained=weights == "hub" and not done
         )
@@ -143,6 +154,8 @@ class Run:
             fitting = weights == "train"
             if weights == "hub":
                 fitting = model.pretrained_cfg.get("num_classes") == len(self.feed.classes)  # type: ignore[union-attr, operator]
+            elif is_run(weights):
+                fitting = self._take_run(name, model, weights)
             elif not fitting:
                 fitting = load_weights(model, weights, self.watch.say)
             if not fitting and settings.schedule is None:
@@ -152,60 +165,104 @@ class Run:
                 )
             cost, figures = Cost(), dict[str, float]()
             if settings.schedule is not None:
-                self.machine.place(model)
-                stage = Stage(
-                    name=name,
-                    model=model,
-                    loss=objective(model),
-                    fetch=self.feed.fetch,
-                    pictures=len(self.feed.pictures),
-                    schedule=settings.schedule,
-                    directory=directory,
-                    fingerprint=mark,
-                    seed=self.recipe.seed,
-                    check=lambda: self.feed.glance(model),
-                )
-                cost, figures = fit(stage, self.machine, self.watch)
+                check = partial(self.feed.glance, model)
+                cost, figures = self._fit(name, model, settings.schedule, objective(model), mark, check=check)
             directory.mkdir(parents=True, exist_ok=True)
             save_tensors(directory / MODEL, model.state_dict())
             self._finish(name, directory, mark, cost, figures)
         self.machine.place(model)
-        frozen = (
-            split(model, self.feed.preprocessing.height, self.feed.preprocessing.width).eval().requires_grad_(False)
-        )
-        return frozen, mark
+        return self._classifier(model).eval().requires_grad_(False), mark
 
-    def _student(self, original: Classifier, teacher: Classifier | None, upstream: str) -> Student:
-        recipe, directory = self.recipe, self.out / "student"
-        torch.manual_seed(derive(recipe.seed, "student", "initial"))
-        heads = recipe.heads
+    def _classifier(self, model: nn.Module) -> Classifier:
+        return split(model, self.feed.preprocessing.height, self.feed.preprocessing.width)
+
+    def _take_run(self, name: str, model: nn.Module, path: str) -> bool:
+        """Fill a timm model with a head of another run; whether its classes are those of the data."""
+        source, meta = load_classifier(path)
+        if meta.classes != self.feed.classes:
+            raise ConfigError(f"{name}.weights: {path} was trained for other classes than those of the data")
+        try:
+            self._classifier(model).load_state_dict(source.state_dict())
+        except RuntimeError:
+            theirs = meta.architecture.model
+            raise ConfigError(f"{name}.weights: {path} is a run of {theirs}, which does not fit {name}.model") from None
+        return True
+
+    def _student(self, original: Classifier) -> Student:
+        torch.manual_seed(derive(self.recipe.seed, "student", "initial"))
+        heads = self.recipe.heads
         student = Student(original, heads.names, heads.depth, heads.tail, heads.dropout.rate, heads.freeze_norm)
+        for name, path in heads.sources.items():
+            source, meta = load_classifier(path)
+            if meta.classes != self.feed.classes:
+                raise ConfigError(f"heads.sources.{name}: {path} was trained for other classes than those of the data")
+            student.take_over(name, source)
         self.machine.place(student)
-        settings = (recipe.heads.model_dump(), recipe.student.model_dump(), recipe.shifts.model_dump())
-        mark = fingerprint("student", *self.common, *settings, upstream)
-        if self._done("student", directory, mark, directory / MODEL):
-            student.load_state_dict({**student.state_dict(), **read_state(directory / MODEL)})
-            return student.eval()
-        stage = Stage(
-            name="student",
-            model=student,
-            loss=student_objective(self.feed, student, teacher, recipe.student),
-            fetch=self.feed.fetch,
-            pictures=len(self.feed.pictures),
-            schedule=recipe.student.schedule,
-            directory=directory,
-            fingerprint=mark,
-            seed=recipe.seed,
-            kept=Student.is_tuned,
-            lr_scale=lambda name: recipe.student.tail_lr if name.startswith("branches.") else 1.0,
-            check=lambda: self.feed.glance_heads(student),
-        )
-        cost, figures = fit(stage, self.machine, self.watch)
-        save_tensors(directory / MODEL, {k: v for k, v in student.state_dict().items() if Student.is_tuned(k)})
-        self._finish("student", directory, mark, cost, figures)
         return student
 
-    def _done(self, name: str, directory: Path, mark: str, weights: Path) -> bool:
+    def stage(
+        self,
+        name: str,
+        model: nn.Module,
+        schedule: Schedule,
+        loss: Callable[[], Loss],
+        settings: Any,
+        *,
+        kept: Callable[[str], bool] = lambda key: True,
+        lr_scale: Callable[[str], float] = lambda name: 1.0,
+        check: Callable[[], dict[str, float]] = dict,
+    ) -> None:
+        """Fill `model` with the outcome of a stage: read where it was done before, else trained and kept.
+
+        Args:
+            name: of the stage's directory, and of its row among the costs.
+            loss: made only where there is something to train.
+            settings: JSON-able; the stage is done anew where any of them changes. What the stage builds on must be
+                in it (`upstream`), the data and the machine's precision need not.
+            kept, lr_scale, check: see loop.Stage.
+
+        Raises: TrainingDiverged.
+        """
+        directory = self.out / name
+        mark = fingerprint(name, *self.common, settings)
+        if self._done(name, directory, mark):
+            model.load_state_dict({**model.state_dict(), **read_state(directory / MODEL)})
+            model.eval()
+            return
+        cost, figures = self._fit(name, model, schedule, loss(), mark, kept, lr_scale, check)
+        save_tensors(directory / MODEL, {key: value for key, value in model.state_dict().items() if kept(key)})
+        self._finish(name, directory, mark, cost, figures)
+
+    def _fit(
+        self,
+        name: str,
+        model: nn.Module,
+        schedule: Schedule,
+        loss: Loss,
+        mark: str,
+        kept: Callable[[str], bool] = lambda key: True,
+        lr_scale: Callable[[str], float] = lambda name: 1.0,
+        check: Callable[[], dict[str, float]] = dict,
+    ) -> tuple[Cost, dict[str, float]]:
+        self.machine.place(model)
+        stage = Stage(
+            name=name,
+            model=model,
+            loss=loss,
+            fetch=self.feed.fetch,
+            pictures=len(self.feed.pictures),
+            schedule=schedule,
+            directory=self.out / name,
+            fingerprint=mark,
+            seed=self.recipe.seed,
+            kept=kept,
+            lr_scale=lr_scale,
+            check=check,
+        )
+        return fit(stage, self.machine, self.watch)
+
+    def _done(self, name: str, directory: Path, mark: str) -> bool:
+        weights = directory / MODEL
         try:
             state = json.loads((directory / STAGE).read_text(encoding="utf-8"))
             if state["fingerprint"] == mark and digest(weights) == state["weights_sha256"]:
@@ -253,6 +310,14 @@ class Run:
             write_json(file, {"fingerprint": mark, "result": result.model_dump(), "cost": cost.model_dump()})
         self.costs["preflight"], self.results["preflight"] = cost, result.model_dump()
         judge(result, "refuse" if self.recipe.preflight == "refuse" else "warn", self.watch.say)
+
+
+def source_of(weights: str) -> str:
+    """What stands for a recipe's `weights` in a fingerprint: contents, where they are a file or a run."""
+    if is_run(weights):
+        run, _, head = weights.partition("#")
+        return f"{read_meta(Path(run)).weights_sha256}#{head}"
+    return digest(Path(weights)) if Path(weights).is_file() else weights
 
 
 def cost_table(costs: dict[str, Cost]) -> Table:

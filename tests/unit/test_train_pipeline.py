@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from trivium.runtime.errors import ConfigError
+from trivium.runtime.errors import ConfigError, TriviumError
 from trivium.train.checkpoint import load_student
 from trivium.train.models.backbone import create
 from trivium.train.pipeline import train
@@ -78,6 +78,76 @@ def test_weights_from_a_file(folder: Path, tmp_path: Path) -> None:
     wrong = {"original": {"model": NET, "weights": str(tmp_path / "seven.pth")}}
     with pytest.raises(ConfigError, match=r"original\.schedule to fine-tune"):
         train(recipe(folder, **wrong), tmp_path / "other", Console(file=io.StringIO()))
+
+
+def quietly(recipe: Recipe, out: Path) -> None:
+    train(recipe, out, Console(file=io.StringIO()))
+
+
+def test_runs_start_from_runs(folder: Path, tmp_path: Path) -> None:
+    schedule = {"epochs": 1, "batch": 8, "lr": 0.01}
+    plain = {"student": {"schedule": schedule, "alpha": 0, "gamma": 0}, "teacher": None}
+    first = recipe(folder, **plain, heads={"names": ["combined"], "depth": "all"})
+    quietly(first, tmp_path / "first")
+    tuned, meta = load_student(tmp_path / "first")
+    assert meta.architecture.depth == len(list(tuned.branches[0].children())) - 1
+    assert not list(tuned.trunk.children())
+
+    x = torch.randn(2, 3, 32, 32)
+    changes = {
+        "original": {"model": NET, "weights": str(tmp_path / "first")},
+        "heads": {"names": ["clean", "robust", "combined"], "depth": "all", "sources": {"robust": f"{tmp_path}/first"}},
+    }
+    quietly(recipe(folder, **plain | changes), tmp_path / "second")
+    student, meta = load_student(tmp_path / "second")
+    with torch.no_grad():
+        torch.testing.assert_close(student.original_logits(x), tuned(x)[:, 0])
+        torch.testing.assert_close(student(x)[:, 1], tuned(x)[:, 0])
+        assert not torch.allclose(student(x)[:, 2], tuned(x)[:, 0])
+    assert meta.preprocessing == load_student(tmp_path / "first")[1].preprocessing
+
+    one_head = {"original": {"model": NET, "weights": f"{tmp_path}/second#robust"}}
+    quietly(recipe(folder, **plain | one_head), tmp_path / "third")
+    with torch.no_grad():
+        torch.testing.assert_close(load_student(tmp_path / "third")[0].original_logits(x), tuned(x)[:, 0])
+    for weights, reason in (
+        (f"{tmp_path}/second", r"it has the heads clean, robust, combined: name one, as \S+#clean$"),
+        (f"{tmp_path}/second#loud", "no head 'loud'"),
+        (str(folder), "no finished training run"),
+    ):
+        with pytest.raises(TriviumError, match=reason):
+            quietly(recipe(folder, **plain, original={"model": NET, "weights": weights}), tmp_path / "wrong")
+    other = {"original": {"model": "trivium_resnet10", "weights": str(tmp_path / "first")}}
+    with pytest.raises(ConfigError, match="is a run of trivium_resnet10_tiny"):
+        quietly(recipe(folder, **plain | other), tmp_path / "wrong")
+
+
+def test_a_head_from_elsewhere_must_share_the_frozen_stages(folder: Path, tmp_path: Path) -> None:
+    schedule = {"epochs": 1, "batch": 8, "lr": 0.01}
+    plain = {"student": {"schedule": schedule}, "teacher": None}
+    quietly(recipe(folder, **plain, seed=1, heads={"names": ["robust"]}), tmp_path / "first")
+    sourced = {"names": ["robust", "combined"], "sources": {"robust": str(tmp_path / "first")}}
+    with pytest.raises(ConfigError, match=r"set heads\.depth to all$"):
+        quietly(recipe(folder, **plain, seed=2, heads=sourced), tmp_path / "second")
+    same = {"original": {"model": NET, "weights": f"{tmp_path}/first/original/model.safetensors"}}
+    mean = {"mean": load_student(tmp_path / "first")[1].preprocessing.mean}
+    quietly(
+        recipe(folder, **plain | same, input={"height": 32, "width": 32, **mean}, heads=sourced), tmp_path / "third"
+    )
+    first, third = load_student(tmp_path / "first")[0], load_student(tmp_path / "third")[0]
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(third(x)[:, 0], first(x)[:, 0])
+
+
+def test_heads_of_one_role_differ(folder: Path, tmp_path: Path) -> None:
+    heads = {"names": ["combined-1", "combined-2", "combined-3"], "dropout": {"rate": 0, "passes": 1, "seed": 0}}
+    quietly(recipe(folder, teacher=None, heads=heads), tmp_path / "run")
+    student, _ = load_student(tmp_path / "run")
+    with torch.no_grad():
+        logits = student(torch.randn(2, 3, 32, 32))
+    assert not torch.allclose(logits[:, 0], logits[:, 1])
+    assert not torch.allclose(logits[:, 1], logits[:, 2])
 
 
 def test_clean_views_keep_what_they_move() -> None:

@@ -22,6 +22,7 @@ def test_set_reaches_nested_keys_and_takes_yaml_values():
         "demo",
         ["student.schedule.epochs=7", "student.schedule.lr=1e-2", "heads.names=[combined]", "teacher=null", "seed=3"],
     )
+    assert recipe.student is not None
     assert recipe.student.schedule.epochs == 7
     assert recipe.student.schedule.lr == 0.01
     assert recipe.heads.names == ["combined"]
@@ -77,3 +78,25 @@ def test_command_prints_the_recipe_and_one_line_for_a_mistake():
     assert wrong.returncode == 2
     assert wrong.stderr.strip().splitlines() == [wrong.stderr.strip()]
     assert "nearest: seed" in wrong.stderr
+
+
+def test_a_recipe_has_one_method():
+    assert load_recipe("demo").method == "student"
+    with pytest.raises(ConfigError, match=r"give one method out of student.*; there are none$"):
+        load_recipe("demo", ["student=null"])
+
+
+def test_sources_name_heads_that_are_there_and_leave_one_to_train():
+    for settings, reason in (
+        (["heads.sources={other: run}"], "no head 'other'"),
+        (["heads.sources={robust: run}", "heads.tail=shared"], "needs tail: copied"),
+        (["heads.names=[robust]", "heads.sources={robust: run}"], "no head is left to train"),
+        (["heads.names=[loud]"], "heads.names"),
+    ):
+        with pytest.raises(ConfigError, match=reason):
+            load_recipe("demo", settings)
+
+
+def test_a_date_that_is_none_is_one_line():
+    with pytest.raises(ConfigError, match="no valid YAML"):
+        load_recipe("demo", ["name=2001-99-99"])

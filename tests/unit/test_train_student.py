@@ -121,8 +121,8 @@ def test_freeze_norm_keeps_the_statistics_of_the_branches():
 
 
 def test_too_deep_is_refused():
-    with pytest.raises(ConfigError, match="0 to 4"):
-        tiny(5)
+    with pytest.raises(ConfigError, match="0 to 5"):
+        tiny(6)
 
 
 @pytest.mark.parametrize("own", [False, True])

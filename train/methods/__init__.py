@@ -1,1 +1,1 @@
-"""What training minimises."""
+"""What training minimises: a module for each way to train heads, with its section of the recipe and `run`."""

@@ -41,9 +41,13 @@ def uncertainty_weight(passes: Tensor, kind: Uncertainty) -> Tensor:
     return torch.exp(-(entropy - expected).clamp(min=0))
 
 
-def clean_loss(logits: Tensor, labels: Tensor, original: Tensor, tau: float, alpha: float) -> Tensor:
-    """L_c = CE(p_c(x), y) + alpha tau^2 KL(p_0(x) || p_c(x)): the clean head on clean pictures keeps the original."""
-    return F.cross_entropy(logits, labels) + alpha * distillation(original, logits, tau).mean()
+def clean_loss(logits: Tensor, labels: Tensor, original: Tensor | None, tau: float, alpha: float) -> Tensor:
+    """L_c = CE(p_c(x), y) + alpha tau^2 KL(p_0(x) || p_c(x)): the clean head on clean pictures keeps the original.
+
+    original None leaves the distillation out.
+    """
+    loss = F.cross_entropy(logits, labels)
+    return loss if original is None else loss + alpha * distillation(original, logits, tau).mean()
 
 
 def robust_loss(
@@ -63,7 +67,7 @@ def combined_loss(
     clean: Tensor,
     shifted: Tensor,
     labels: Tensor,
-    original: Tensor,
+    original: Tensor | None,
     teacher: Tensor | None,
     weight: Tensor | None,
     tau: float,
@@ -71,14 +75,15 @@ def combined_loss(
 ) -> Tensor:
     """L_m = 1/2 [CE(p_m(x), y) + CE(p_m(x~), y)] + gamma/2 tau^2 [KL(p_0(x) || p_m(x)) + w KL(p_T(x~) || p_m(x~))].
 
-    clean and shifted: the combined head's logits of the clean pictures and of their shifted views. teacher None leaves
-    its term out.
+    clean and shifted: the combined head's logits of the clean pictures and of their shifted views. original or teacher
+    None leaves its term out.
     """
     loss = (F.cross_entropy(clean, labels) + F.cross_entropy(shifted, labels)) / 2
-    kept = distillation(original, clean, tau).mean()
+    if original is not None:
+        loss = loss + gamma / 2 * distillation(original, clean, tau).mean()
     if teacher is not None and weight is not None:
-        kept = kept + (weight * distillation(teacher, shifted, tau)).mean()
-    return loss + gamma * kept / 2
+        loss = loss + gamma / 2 * (weight * distillation(teacher, shifted, tau)).mean()
+    return loss
 
 
 def jensen_shannon(logits: Sequence[Tensor]) -> Tensor:

@@ -3,20 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from trivium.runtime.errors import ClientError
 
+from ..loop import Loss
 from ..models.stages import Classifier
+from ..sections import Model, NonNegative
+from ..shifts.views import ShiftSpec
 from .losses import jensen_shannon
+
+if TYPE_CHECKING:
+    from ..feed import Feed
 
 Shift = Callable[[Tensor, torch.Generator], Tensor]
 Normalise = Callable[[Tensor], Tensor]
+
+
+class Teacher(Model):
+    """The small robust teacher."""
+
+    loss: Literal["ce", "jsd"] = "ce"
+    """ce: cross-entropy of shifted views; jsd: of clean pictures, and the Jensen-Shannon term of two views (AugMix)."""
+    jsd_weight: NonNegative = 12.0
+    clean_share: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of clean pictures among those of loss ce."""
+    shifts: ShiftSpec | None = None
+    """None: those of the student."""
 
 
 class TeacherRefused(ClientError):
@@ -72,6 +92,23 @@ def teacher_loss(
         "cross_entropy": cross_entropy.item(),
         "jensen_shannon": divergence.item(),
     }
+
+
+def teacher_objective(feed: Feed, model: nn.Module, settings: Teacher) -> Loss:
+    """The teacher's loss on shifted views."""
+    smoothing = settings.schedule.label_smoothing if settings.schedule else 0.0
+
+    def loss(
+        pictures: Tensor, indices: NDArray[np.int64], generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, float]]:
+        x = feed.clean(pictures, generator)
+        with feed.machine.autocast():
+            return teacher_loss(
+                model, x, feed.labels(indices), generator, feed.teacher_shifts, feed.normalise, settings.loss,
+                settings.jsd_weight, settings.clean_share, smoothing,
+            )  # fmt: skip
+
+    return loss
 
 
 @torch.no_grad()

@@ -23,7 +23,8 @@ class Student(nn.Module):
     Args:
         original: the classifier to start from; taken over, its parameters frozen.
         head_names: K distinct names.
-        depth: number of last stages that are tuned; 0 leaves linear heads on the original's features.
+        depth: number of last stages that are tuned; 0 leaves linear heads on the original's features, "all" leaves
+            nothing in common.
         tail: each head tunes its own copy of those stages, or all share one.
         dropout_rate: Bernoulli dropout before each head.
         freeze_norm: batch norms of the tuned stages keep the original's statistics.
@@ -35,18 +36,22 @@ class Student(nn.Module):
         self,
         original: Classifier,
         head_names: Sequence[str],
-        depth: int,
+        depth: int | Literal["all"],
         tail: Tail = "copied",
         dropout_rate: float = 0.5,
         freeze_norm: bool = False,
     ) -> None:
         super().__init__()
         stages = list(original.stages)
-        if depth > 0 and not original.splittable:
-            raise ConfigError("no verified split of this model into stages: set heads.depth to 0")
-        if not 0 <= depth < len(stages):
-            raise ConfigError(f"heads.depth is {depth}, this model has {len(stages)} stages: 0 to {len(stages) - 1}")
+        if depth == "all":
+            depth = len(stages)
+        elif depth > 0 and not original.splittable:
+            raise ConfigError("no verified split of this model into stages: set heads.depth to 0 or all")
+        if not 0 <= depth <= len(stages):
+            raise ConfigError(f"heads.depth is {depth}, this model has {len(stages)} stages: 0 to {len(stages)}")
         self.head_names = tuple(head_names)
+        self.fixed: tuple[str, ...] = ()
+        """Heads taken over from elsewhere, which are not trained."""
         self.depth, self.tail, self.dropout_rate, self.freeze_norm = depth, tail, dropout_rate, freeze_norm
         last = [*stages[len(stages) - depth :], original.neck]
         self.trunk = nn.Sequential(*stages[: len(stages) - depth], *([] if depth else last))
@@ -65,11 +70,57 @@ class Student(nn.Module):
         super().train(mode)
         for module in self._frozen():
             module.eval()
+        for name in self.fixed:
+            head = self.head_names.index(name)
+            self.heads[head].eval()
+            if self.branches:
+                self.branches[head].eval()
         if self.freeze_norm:
             for norm in self.branches.modules():
                 if isinstance(norm, nn.modules.batchnorm._BatchNorm):
                     norm.eval()
         return self
+
+    def role(self, head: int) -> str:
+        """What head number `head` is for: clean, robust or combined."""
+        return self.head_names[head].partition("-")[0]
+
+    def classifier(self, name: str) -> Classifier:
+        """One head with the stages before it as a classifier of its own, sharing their parameters."""
+        head = self.head_names.index(name)
+        last: list[nn.Module] = []
+        if self.branches:
+            last = list(self.branches[0 if self.tail == "shared" else head].children())
+        *stages, neck = [*self.trunk, *last]
+        linear = self.heads[head]
+        assert isinstance(linear, nn.Linear)
+        return Classifier(stages, neck, linear, self.dropout_rate)
+
+    def take_over(self, name: str, source: Classifier) -> None:
+        """Give a head the weights of another classifier of this architecture, and leave it as it is from now on.
+
+        Raises: ConfigError where the frozen stages before this head are not the source's.
+        """
+        head = self.head_names.index(name)
+        own = self.classifier(name)
+        theirs = source.state_dict()
+        frozen = {f"stages.{i}." for i in range(len(own.stages) - self.depth)}
+        try:
+            for key, value in own.state_dict().items():
+                if key.startswith(tuple(frozen)) and not torch.equal(value, theirs[key]):
+                    raise ConfigError(
+                        f"heads.sources.{name}: its first stages are not the original's, which all heads share: "
+                        "set heads.depth to all"
+                    )
+            own.load_state_dict(theirs)
+        except (KeyError, RuntimeError):
+            raise ConfigError(
+                f"heads.sources.{name}: not a classifier of this architecture and these classes"
+            ) from None
+        self.heads[head].requires_grad_(False)
+        if self.branches:
+            self.branches[head].requires_grad_(False)
+        self.fixed = (*self.fixed, name)
 
     def branch(self, head: int, z: Tensor) -> Tensor:
         """Trunk features -> pooled features [B, D] that head number `head` sees."""
