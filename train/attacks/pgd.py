@@ -2,23 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .ball import Norm, Radius, per_picture, project, random_point, steepest
-
-Logits = Callable[[Tensor], Tensor]
-"""Pictures [B, 3, H, W] in [0, 1] -> logits [B, C]; normalisation lies inside."""
-Loss = Callable[[Tensor, Tensor], Tensor]
-"""(logits [B, C], labels [B]) -> what the attack maximises, [B]."""
-
-
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """In nats, one for each picture [B]."""
-    return F.cross_entropy(logits, labels, reduction="none")
+from .losses import Logits, Loss, Wrong, cross_entropy, look, never, wrong_answer
 
 
 def pgd(
@@ -34,6 +22,7 @@ def pgd(
     loss: Loss = cross_entropy,
     keep_best: bool = True,
     stop_early: bool = False,
+    wrong: Wrong = wrong_answer,
 ) -> Tensor:
     """Ascend the loss along its steepest direction, projected onto the ball and the pixels' range after each step.
 
@@ -51,6 +40,7 @@ def pgd(
             the last one, as adversarial training does.
         stop_early: leave a picture alone once it is answered wrongly, and return it so; the logits and the loss then
             see fewer and fewer pictures, so a loss must not hold something of the whole batch.
+        wrong: what counts as a wrong answer there.
 
     Returns: pictures like x, without gradient.
 
@@ -68,24 +58,14 @@ def pgd(
         if len(rows) == 0:
             break
         last = i == steps
-        value, wrong, gradient = look(logits, loss, point, labels[rows], gradient=not last)
-        better = value > highest[rows] if keep_best else torch.ones_like(wrong)
+        value, fooled, gradient = look(logits, loss, wrong if stop_early else never, point, labels[rows], not last)
+        better = value > highest[rows] if keep_best else torch.ones_like(fooled)
         if stop_early:
-            better |= wrong
+            better |= fooled
         found[rows[better]], highest[rows[better]] = point[better], value[better]
         if last:
             break
         if stop_early:
-            rows, point, gradient = rows[~wrong], point[~wrong], gradient[~wrong]
+            rows, point, gradient = rows[~fooled], point[~fooled], gradient[~fooled]
         point = project(point + stride[rows] * steepest(gradient, norm), x[rows], norm, radius[rows].flatten())
     return found if judged else point
-
-
-def look(logits: Logits, loss: Loss, point: Tensor, labels: Tensor, gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss [B], whether the answer is wrong [B], the loss's gradient like point, or zeros where not asked for)."""
-    with torch.set_grad_enabled(gradient):
-        leaf = point.detach().requires_grad_(gradient)
-        z = logits(leaf).to(point.dtype)
-        value = loss(z, labels)
-        slope = torch.autograd.grad(value.sum(), leaf)[0] if gradient else torch.zeros_like(point)
-    return value.detach(), z.detach().argmax(1) != labels, slope
