@@ -29,6 +29,10 @@ def main() -> None:
         help="change a setting, such as --set student.schedule.epochs=3; may be repeated",
     )  # fmt: skip
     parser.add_argument("--out", type=Path, metavar="DIR", help="where the run goes (default: runs/NAME)")
+    parser.add_argument(
+        "--reuse", type=Path, metavar="RUN", action="append", default=[],
+        help="copy stages that this run finished with the same settings on the same data; may be repeated",
+    )  # fmt: skip
     parser.add_argument("--seed", type=int, help="same as --set seed=N")
     parser.add_argument("--print-recipe", action="store_true", help="print the whole recipe and stop")
     arguments = parser.parse_args()
@@ -37,4 +41,4 @@ def main() -> None:
     if arguments.print_recipe:
         print(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True), end="")
         return
-    train(recipe, arguments.out or Path("runs") / recipe.name, Console())
+    train(recipe, arguments.out or Path("runs") / recipe.name, Console(), arguments.reuse)

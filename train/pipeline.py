@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -52,8 +52,10 @@ CHECKED = 5000
 """Calibration pictures, at most, that the teacher's check looks at."""
 
 
-def train(recipe: Recipe, out: Path, console: Console | None = None) -> CheckpointMeta:
+def train(recipe: Recipe, out: Path, console: Console | None = None, reuse: Sequence[Path] = ()) -> CheckpointMeta:
     """Run a recipe into the directory `out`, going on from whatever of it is there already.
+
+    Stages that a run in `reuse` has finished with the same settings on the same data are copied from it.
 
     Raises: subclasses of TriviumError with one line.
     """
@@ -61,14 +63,14 @@ def train(recipe: Recipe, out: Path, console: Console | None = None) -> Checkpoi
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"{out}: cannot be written ({error.strerror})") from None
-    return Run(recipe, out, Watch(console or Console(), out / "logs")).train()
+    return Run(recipe, out, Watch(console or Console(), out / "logs"), reuse).train()
 
 
 class Run:
     """One recipe in one directory."""
 
-    def __init__(self, recipe: Recipe, out: Path, watch: Watch) -> None:
-        self.recipe, self.out, self.watch = recipe, out, watch
+    def __init__(self, recipe: Recipe, out: Path, watch: Watch, reuse: Sequence[Path] = ()) -> None:
+        self.recipe, self.out, self.watch, self.reuse = recipe, out, watch, reuse
         if recipe.threads:
             torch.set_num_threads(recipe.threads)
         self.machine = machine(recipe.device, recipe.precision)
@@ -262,17 +264,24 @@ class Run:
         return fit(stage, self.machine, self.watch)
 
     def _done(self, name: str, directory: Path, mark: str) -> bool:
-        weights = directory / MODEL
-        try:
-            state = json.loads((directory / STAGE).read_text(encoding="utf-8"))
-            if state["fingerprint"] == mark and digest(weights) == state["weights_sha256"]:
-                self.costs[name] = Cost.model_validate(state["cost"])
-                self.results[name] = state["figures"]
-                self.watch.say(f"{name}: done before, skipped")
-                return True
-        except (OSError, ValueError, KeyError):
-            return False
-        self.watch.say(f"{name}: the recipe or the data changed, trained anew")
+        for source in (self.out, *self.reuse):
+            weights = source / name / MODEL
+            try:
+                state = json.loads((source / name / STAGE).read_text(encoding="utf-8"))
+                if state["fingerprint"] != mark or digest(weights) != state["weights_sha256"]:
+                    continue
+                cost, figures = Cost.model_validate(state["cost"]), state["figures"]
+            except (OSError, ValueError, KeyError):
+                continue
+            if source != self.out:
+                directory.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(weights, directory / MODEL)
+                write_json(directory / STAGE, state)
+            self.costs[name], self.results[name] = cost, figures
+            self.watch.say(f"{name}: done before{'' if source == self.out else f' in {source}'}, skipped")
+            return True
+        if (directory / STAGE).exists():
+            self.watch.say(f"{name}: the recipe or the data changed, trained anew")
         return False
 
     def _finish(self, name: str, directory: Path, mark: str, cost: Cost, figures: dict[str, float]) -> None:

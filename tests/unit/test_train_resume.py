@@ -105,6 +105,15 @@ def test_only_what_changed_is_trained_again(tmp_path):
     assert second.weights_sha256 != first.weights_sha256
     assert json.loads((tmp_path / "checkpoint.json").read_text())["recipe"]["student"]["alpha"] == 0.0
 
+    lines = io.StringIO()
+    elsewhere = tmp_path / "elsewhere"
+    third = train(Recipe.model_validate(short), elsewhere, Console(file=lines, width=1000), [tmp_path / "no", tmp_path])
+    assert f"original: done before in {tmp_path}, skipped" in lines.getvalue()
+    assert "student: " in lines.getvalue()  # the run reused has another student by now
+    assert third.weights_sha256 == first.weights_sha256
+    train(Recipe.model_validate(short), elsewhere, Console(file=(lines := io.StringIO())))
+    assert "original: done before, skipped" in lines.getvalue()
+
 
 def test_a_loss_that_is_no_number_is_one_line_and_keeps_the_last_epoch(tmp_path):
     schedule = {"epochs": 3, "batch": 64, "optimizer": "sgd", "lr": 1e30, "warmup": 0.0}
