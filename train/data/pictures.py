@@ -20,6 +20,7 @@ from trivium.runtime.bundle import Preprocessing
 from trivium.runtime.errors import ConfigError, InvalidPicture
 from trivium.runtime.preprocess import prepare
 
+from . import renditions
 from .sources import (
     SPLITS,
     Part,
@@ -30,6 +31,7 @@ from .sources import (
     fashion_mnist_source,
     folder_source,
     open_file,
+    renditions_source,
     split_parts,
     stratified_order,
     verified,
@@ -62,9 +64,9 @@ class DataSpec(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    kind: Literal["fashion-mnist", "imagefolder", "csv", "digits"]
+    kind: Literal["fashion-mnist", "renditions", "imagefolder", "csv", "digits"]
     root: Path | None = None
-    """Directory (imagefolder, fashion-mnist) or file (csv); None: where Fashion-MNIST is usually found."""
+    """Directory (imagefolder, fashion-mnist, renditions) or file (csv); None: where `trivium data` puts it."""
     seed: int = 0
     """Of the splits and of the choice that a limit makes."""
     limit: Count | Limits | None = None
@@ -267,9 +269,7 @@ def open_source(spec: DataSpec) -> Source:
         return fashion_mnist_source(spec.root)
     if spec.kind == "digits":
         return digits_source()
-    assert spec.root is not None, "the spec's validator asks for it"
-    source = folder_source(spec.root) if spec.kind == "imagefolder" else csv_source(spec.root)
-    source = verified(source)
+    source = verified(_listed(spec))
     if spec.strict and source.skipped:
         first, more = source.skipped[0], len(source.skipped) - 1
         others = f" (and {more} more)" if more else ""
@@ -278,20 +278,29 @@ def open_source(spec: DataSpec) -> Source:
 
 
 def parse_spec(text: str, **settings: Any) -> DataSpec:
-    """A spec from what a user types: fashion-mnist, digits, a directory of class folders, or a .csv manifest.
+    """A spec from what a user types: a data set's name, a directory of class folders, or a .csv manifest.
 
     Raises: ConfigError.
+def _listed(spec: DataSpec) -> Source:
+    if spec.kind == "renditions":
+        return renditions_source(spec.root)
+    assert spec.root is not None, "the spec's validator asks for it"
+    return folder_source(spec.root) if spec.kind == "imagefolder" else csv_source(spec.root)
+
+
     """
     path = Path(text)
-    if text in ("fashion-mnist", "digits"):
+    if text in ("fashion-mnist", "renditions", "digits"):
         return DataSpec(kind=text, **settings)  # type: ignore[arg-type]
     if path.is_dir():
         return DataSpec(kind="imagefolder", root=path, **settings)
     if path.suffix.lower() == ".csv":
         return DataSpec(kind="csv", root=path, **settings)
-    raise ConfigError(f"{text}: neither fashion-mnist, digits, a directory, nor a .csv file")
+    raise ConfigError(f"{text}: neither fashion-mnist, renditions, digits, a directory, nor a .csv file")
 
 
 def _base(spec: DataSpec) -> Path | None:
     """The directory against which file names are relative."""
     return spec.root.parent if spec.root is not None and spec.kind == "csv" else spec.root
+    if spec.kind == "renditions":
+        return spec.root or renditions.default_directory()

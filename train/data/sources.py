@@ -1,4 +1,4 @@
-"""Sources of labelled pictures: class folders, a CSV manifest, Fashion-MNIST, scikit-learn's digits; splits by seed."""
+"""Sources of labelled pictures: class folders, CSV manifests, and data sets known by name; splits by seed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -20,7 +20,7 @@ from PIL import Image
 from trivium.runtime.errors import ConfigError, InvalidPicture
 from trivium.runtime.preprocess import DEFAULT_LIMITS, SUFFIXES, open_picture
 
-from . import fashion_mnist
+from . import fashion_mnist, renditions
 
 Split = Literal["train", "calibration", "test"]
 SPLITS: tuple[Split, ...] = ("train", "calibration", "test")
@@ -116,6 +116,19 @@ def folder_source(root: Path) -> Source:
     """
     if not root.is_dir():
         raise ConfigError(f"{root}: no such directory")
+def renditions_source(root: Path | None) -> Source:
+    """The emoji renditions; train, calibration and test parts.
+
+    Raises: ConfigError with the command that makes them.
+    """
+    directory = renditions.locate(root)
+    if directory is None:
+        where = f" in {root}" if root else ""
+        out = f" --out {root}" if root else ""
+        raise ConfigError(f"no emoji renditions{where}; run: trivium data renditions{out}")
+    return replace(folder_source(directory), name="emoji renditions (several authors and licences, see its README.md)")
+
+
     found: dict[Split, Path] = {}
     for split, aliases in DIRECTORIES.items():
         present = [root / name for name in aliases if (root / name).is_dir()]

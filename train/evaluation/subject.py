@@ -65,7 +65,8 @@ class BundleSubject:
     def data_record(self) -> dict[str, Any] | None:
         data = self.manifest.provenance.get("data")
         # A bundle names no directories, so only what is found without one can be opened again.
-        if not isinstance(data, dict) or (data.get("spec") or {}).get("kind") not in ("fashion-mnist", "digits"):
+        kind = (data.get("spec") or {}).get("kind") if isinstance(data, dict) else None
+        if kind not in ("fashion-mnist", "renditions", "digits"):
             return None
         return data
 
