@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,35 +18,31 @@ from trivium.runtime.bundle import Preprocessing
 from trivium.runtime.errors import ConfigError
 
 from .data.pictures import Pictures, load_described, load_pictures, parse_spec
+from .data.shift_sets import ShiftSet, open_shift
 from .evaluation.evaluate import evaluate
 from .evaluation.gallery import gallery
 from .evaluation.report import write_report
-from .evaluation.results import Difference, Results, Two, read_results, write_csv, write_results
+from .evaluation.results import Difference, MeanCorruptionError, Results, Two, write_csv, write_results
 from .evaluation.subject import Subject, open_subject
-from .evaluation.summary import MEASURES, document, summarise
 from .evaluation.tally import choose_pictures
 from .shifts.corruptions import TEST_CORRUPTIONS
+from .shifts.styles import STYLES
 
-RESULTS, TABLE, REPORT, SUMMARY = "results.json", "results.csv", "report.html", "summary.json"
+RESULTS, TABLE, REPORT = "results.json", "results.csv", "report.html"
 
 
 def main() -> None:
-    """Evaluate, or sum up evaluations, as the command line says."""
+    """Evaluate as the command line says."""
     given = parser().parse_args()
     console = Console()
-    if given.summarise:
-        if given.model:
-            raise ConfigError("--summarise takes results.json files alone, no model")
-        sum_up(given.summarise, given.out, console)
-        return
-    if not given.model:
-        raise ConfigError("name a bundle or a checkpoint to evaluate, or --summarise results.json ...")
     if given.pictures is not None and given.pictures < 1:
         raise ConfigError(f"--pictures {given.pictures}: at least 1")
     with bar(console, "calibrating") as progress:
         subject: Subject = open_subject(given.model, progress=progress)
     original: Subject | None = open_subject(given.original, as_original=True) if given.original else None
     pictures = test_pictures(given.data, subject, original, console)
+    sets = shift_sets(given, subject)
+    outside = {name: load_pictures(parse_spec(name), "test", subject.manifest.preprocessing) for name in given.ood}
     with bar(console, "asking") as progress:
         results, _ = evaluate(
             subject,
@@ -56,10 +51,13 @@ def main() -> None:
             count=given.pictures,
             seed=given.seed,
             left_out=given.leave_out,
+            sets=sets,
+            styles=given.styles,
+            outside=outside,
             command=["trivium", "evaluate", *sys.argv[1:]],
             progress=progress,
         )
-    out = given.out or Path("evaluation")
+    out = given.out
     chosen = choose_pictures(pictures, given.pictures, given.seed)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -77,10 +75,10 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(prog=sys.argv[0], description=(
         "Measure a bundle or a checkpoint on clean pictures and under 15 corruptions x 5 severities: every head, every "
-        "router, the oracles, calibration, flips against the original classifier. Writes results.json, results.csv "
-        "and report.html."
+        "router, the oracles, calibration, flips against the original classifier; on request on shift sets, in other "
+        "styles and against other data too. Writes results.json, results.csv and report.html; trivium report compares."
     ))  # fmt: skip
-    p.add_argument("model", nargs="?", metavar="MODEL", help="a bundle or a checkpoint (directories)")
+    p.add_argument("model", metavar="MODEL", help="a bundle or a checkpoint (directories)")
     p.add_argument(
         "--data", help="fashion-mnist, digits, a directory of class folders, or a .csv manifest, whose test split is "
         "used (default: the data that the model was trained on)",
@@ -100,12 +98,47 @@ def parser() -> argparse.ArgumentParser:
         "--leave-out", nargs="+", default=[], metavar="CORRUPTION",
         help=f"corruptions that enter no headline figure, of: {', '.join(TEST_CORRUPTIONS)}",
     )  # fmt: skip
-    p.add_argument("--out", type=Path, metavar="DIR", help="where the files go (default: evaluation)")
     p.add_argument(
-        "--summarise", nargs="+", type=Path, metavar="RESULTS.json",
-        help="sum up finished evaluations, say of three seeds: mean and standard deviation",
+        "--shift", nargs="+", action="extend", default=[], metavar="NAME=PATH",
+        help="a shift set: class folders or a .csv manifest of any name, or imagenet-c, -r, -a, -sketch, -v2 or "
+        "objectnet as distributed; classes are matched by name, WordNet id or index",
     )  # fmt: skip
+    p.add_argument(
+        "--mapping", type=Path, metavar="FILE", help="ObjectNet's JSON of its classes to ImageNet's, if not beside it"
+    )
+    p.add_argument(
+        "--styles", action="store_true", help=f"the pictures to corrupt in other styles too: {', '.join(STYLES)}"
+    )
+    p.add_argument(
+        "--ood", nargs="+", action="extend", default=[], metavar="DATA",
+        help="data of other classes, as for --data: how well each score tells its test split from this one",
+    )  # fmt: skip
+    p.add_argument(
+        "--out", type=Path, metavar="DIR", default="evaluation", help="where the files go (default: evaluation)"
+    )
     return p
+
+
+def shift_sets(given: argparse.Namespace, subject: Subject) -> list[ShiftSet]:
+    """The sets of --shift.
+
+    Raises: ConfigError, as open_shift does, and where two have one name.
+    """
+    sets = [
+        open_shift(
+            text,
+            subject.manifest.classes,
+            subject.manifest.preprocessing,
+            mapping=given.mapping,
+            count=given.pictures,
+            seed=given.seed,
+        )
+        for text in given.shift
+    ]
+    names = [each.name for each in sets]
+    if twice := [name for i, name in enumerate(names) if name in names[:i]]:
+        raise ConfigError(f"--shift {twice[0]}: two sets of this name")
+    return sets
 
 
 def test_pictures(data: str | None, subject: Subject, original: Subject | None, console: Console) -> Pictures:
@@ -160,9 +193,22 @@ def show(results: Results, console: Console) -> None:
         )
     if len(model.heads) > 1:
         show_bounds(results, console)
+    if results.mce is not None:
+        show_mce("made corruptions", results.mce, default.name, console)
+    if results.shifts:
+        console.print(shift_table(results))
+        for name, shift in results.shifts.items():
+            if shift.note:
+                console.print(f"{name}: {shift.note}", highlight=False)
+            if shift.mce is not None:
+                show_mce(name, shift.mce, default.name, console)
     ranked = sorted(results.detection, key=lambda each: -(each.shift or 0))[:3]
     found = ", ".join(f"{each.score} {each.shift:.3f}" for each in ranked if each.shift is not None)
     console.print(f"shift detection (AUROC), best three: {found}")
+    for name, other in results.ood.items():
+        best = sorted(other.auroc.items(), key=lambda each: -(each[1] or 0))[:3]
+        found = ", ".join(f"{score} {value:.3f}" for score, value in best if value is not None)
+        console.print(f"against {other.pictures} pictures of {name} (AUROC), best three: {found}")
     console.print(f"{results.cpu_seconds:.0f} CPU-s, {results.wall_seconds:.0f} s")
 
 
@@ -197,33 +243,42 @@ def headline(results: Results) -> Table:
     return table
 
 
-def sum_up(paths: Sequence[Path], out: Path | None, console: Console) -> None:
-    """Print mean and spread over runs, as a Markdown table that fits a README; write summary.json where --out says."""
-    runs = [read_results(path) for path in paths]
-    rows = summarise(runs)
-    measures = [name for name in MEASURES if any(name in row for row in rows.values())]
-    print(
-        f"{len(runs)} runs on {runs[0].data.pictures} pictures, {runs[0].data.corrupted} of them corrupted; "
-        "%, mean ± standard deviation"
+def show_mce(what: str, found: MeanCorruptionError, default: str, console: Console) -> None:
+    """Print the default's mean corruption error and whose errors are 100."""
+    if default in found.values:
+        whose = "AlexNet's" if found.yardstick == "alexnet" else "the original's"
+        console.print(f"mCE of {default} on {what}: {found.values[default]:.1f} ({whose} errors are 100)")
+
+
+def shift_table(results: Results) -> Table:
+    """Every answerer on every shift, in percent."""
+    default = results.default.name
+    table = Table(
+        box=SIMPLE, caption="% right / negative flips; (seen): training drew such views", caption_justify="left"
     )
-    print(f"default routers: {', '.join(run.model.default_router for run in runs)}\n")
-    print("| | " + " | ".join(measures) + " |")
-    print("|---|" + "---|" * len(measures))
-    for name, row in rows.items():
-        cells = [row[m].points("over" in m) if m in row else "" for m in measures]
-        print(f"| {name} | " + " | ".join(cells) + " |")
-    if out is not None:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            (out / SUMMARY).write_text(json.dumps(document(runs), indent=1) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"--out {out}: {error.strerror}") from None
-        console.print(str(out / SUMMARY), highlight=False, soft_wrap=True)
+    table.add_column("")
+    for name, shift in results.shifts.items():
+        table.add_column(name if shift.counted else f"{name} (seen)", justify="right", no_wrap=True)
+    for each in results.answerers:
+        cells = [shift.answerers[each.name] for shift in results.shifts.values()]
+        flips = [
+            "-" if c.negative_flips is None or each.role == "original" else percent(c.negative_flips) for c in cells
+        ]
+        table.add_row(
+            ("→ " if each.default else "  ") + each.name,
+            *(f"{percent(cell.accuracy)} / {flip}" for cell, flip in zip(cells, flips, strict=True)),
+            style="bold" if each.name == default else "dim" if each.role == "original" else None,
+        )
+    return table
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.1f}"
 
 
 def pair(values: Two) -> str:
     """Two shares in percent."""
-    return f"{100 * values.clean:.1f} / {100 * values.corrupted:.1f}"
+    return f"{percent(values.clean)} / {percent(values.corrupted)}"
 
 
 def points(difference: Difference) -> str:

@@ -4,6 +4,7 @@ import csv
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,11 +18,13 @@ from trivium.train import evaluate_cli
 from trivium.train.checkpoint import CheckpointError
 from trivium.train.data.pictures import DataSpec, load_pictures
 from trivium.train.evaluation import evaluate
-from trivium.train.evaluation.results import Results, read_results
+from trivium.train.evaluation.metrics import ALEXNET
+from trivium.train.evaluation.results import Corrupted, Results, read_results
+from trivium.train.evaluation.shifted import by_unit, mean_corruption_error
 from trivium.train.evaluation.subject import BundleSubject, open_subject
-from trivium.train.evaluation.summary import DEFAULT, summarise
 from trivium.train.evaluation.tally import Tally, choose_pictures, labels_for, variants
 from trivium.train.shifts.corruptions import TEST_CORRUPTIONS, corrupt
+from trivium.train.shifts.styles import STYLES, restyle
 
 CLASSES = [f"class {i}" for i in range(10)]
 
@@ -44,8 +47,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory, some_pictures: np.ndarray) 
 @pytest.fixture(scope="module")
 def out(folder: Path, tiny_bundle: Path, single_head_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("evaluation")
-    command(tiny_bundle, "--data", folder, "--original", single_head_bundle, "--pictures", 20, "--out", target)
+    command(*words(tiny_bundle, folder, single_head_bundle, target))
     return target
+
+
+def words(bundle: Path, folder: Path, original: Path, out: Path) -> list[object]:
+    """An evaluation of everything: the set "again" is the test pictures themselves."""
+    words = [bundle, "--data", folder, "--original", original, "--pictures", 20, "--out", out]
+    return [*words, "--shift", f"again={folder / 'test'}", "--styles", "--ood", "digits"]
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +182,7 @@ def test_left_out_corruptions_count_nowhere(tiny_bundle: Path, folder: Path, tmp
 
 def test_the_same_call_gives_the_same_numbers(out: Path, tiny_bundle: Path, folder: Path, single_head_bundle: Path,
                                               tmp_path: Path) -> None:  # fmt: skip
-    command(tiny_bundle, "--data", folder, "--original", single_head_bundle, "--pictures", 20, "--out", tmp_path)
+    command(*words(tiny_bundle, folder, single_head_bundle, tmp_path))
     first, second = (json.loads((where / "results.json").read_text()) for where in (out, tmp_path))
     for each in (first, second):
         for key in ("cpu_seconds", "wall_seconds", "command"):
@@ -185,11 +194,13 @@ def test_the_same_call_gives_the_same_numbers(out: Path, tiny_bundle: Path, fold
 def test_csv_holds_every_accuracy(out: Path, results: Results) -> None:
     with (out / "results.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == len(results.answerers) * 76
+    assert len(rows) == len(results.answerers) * (76 + 1 + len(STYLES))
     for row in rows:
         severity = int(row["severity"])
         expected = results.answerer(row["answerer"]).accuracy.clean
-        if severity:
+        if row["kind"] in results.shifts:
+            expected = results.shifts[row["kind"]].answerers[row["answerer"]].accuracy
+        elif severity:
             expected = results.corruptions[row["kind"]].accuracy[row["answerer"]][severity - 1]
         assert float(row["accuracy"]) == expected
 
@@ -219,9 +230,9 @@ def test_pictures_are_drawn_by_seed(folder: Path, tiny_bundle: Path) -> None:
     assert choose_pictures(pictures, None, 1).tolist() == list(range(30))
 
 
-def test_mistakes_are_one_line(tiny_bundle: Path, folder: Path, tmp_path: Path) -> None:
+def test_mistakes_are_one_line(tiny_bundle: Path, folder: Path, tmp_path: Path, build_bundle: Any) -> None:
+    twelve = build_bundle(tmp_path / "twelve", classes=12)
     for arguments, error, text in (
-        ([], ConfigError, "name a bundle or a checkpoint"),
         ([tmp_path], ConfigError, "neither a bundle"),
         ([tiny_bundle], ConfigError, "name it with --data"),
         ([tiny_bundle, "--data", tmp_path / "nowhere"], ConfigError, "neither fashion-mnist"),
@@ -233,8 +244,15 @@ def test_mistakes_are_one_line(tiny_bundle: Path, folder: Path, tmp_path: Path) 
             "every corruption is left out",
         ),
         ([tiny_bundle, "--data", folder, "--pictures", 0], ConfigError, "at least 1"),
-        ([tiny_bundle, "--summarise", "x.json"], ConfigError, "alone"),
-        (["--summarise", tmp_path / "x.json"], ConfigError, "No such file"),
+        ([tiny_bundle, "--data", folder, "--shift", "x"], ConfigError, "NAME=PATH"),
+        (
+            [tiny_bundle, "--data", folder, "--shift", f"x={folder}", f"x={folder}"],
+            ConfigError,
+            "two sets of this name",
+        ),
+        ([tiny_bundle, "--data", folder, "--styles", "--shift", f"sketch={folder}"], ConfigError, "name of a style"),
+        ([tiny_bundle, "--data", folder, "--ood", folder], ConfigError, "that is the data under test itself"),
+        ([tiny_bundle, "--data", folder, "--original", twelve], ConfigError, "its classes, or their order, are not"),
     ):
         with pytest.raises(error, match=text) as caught:
             command(*arguments)
@@ -272,40 +290,123 @@ def test_results_of_another_kind_are_refused(tmp_path: Path, out: Path) -> None:
             read_results(path)
 
 
-def scaled(results: Results, seed: int, clean: float) -> Results:
-    """The same results with another seed and clean accuracy of all answerers."""
-    document = results.model_dump()
-    for each in document["answerers"]:
-        each["accuracy"]["clean"] = clean
-    return Results.model_validate(document | {"seed": seed})
+def test_a_shift_set_is_measured_as_clean_pictures_are(results: Results) -> None:
+    # the set holds the very test pictures, so that every figure must come out again
+    again = results.shifts["again"]
+    assert (again.reader, again.pictures, again.classes, again.counted) == ("class folders", 30, 10, True)
+    for each in results.answerers:
+        found = again.answerers[each.name]
+        assert each.negative_flips is not None
+        assert each.over_original is not None
+        for name in ("accuracy", "negative_flips", "positive_flips", "ece", "brier", "nll", "accuracy_at_80"):
+            assert getattr(found, name) == pytest.approx(getattr(each, name).clean, abs=1e-6), name
+        assert found.over_original == each.over_original.clean
 
 
-def test_summary_is_mean_and_sample_deviation(results: Results) -> None:
-    runs = [scaled(results, seed, clean) for seed, clean in enumerate((0.90, 0.91, 0.95))]
-    table = summarise(runs)
-    found = table["combined"]["clean accuracy"]
-    assert found.mean == pytest.approx(0.92)
-    assert found.deviation == pytest.approx(np.std([0.90, 0.91, 0.95], ddof=1))
-    assert found.points() == "92.0 ± 2.6"
-    assert table[DEFAULT]["corrupted accuracy"].mean == pytest.approx(results.default.accuracy.corrupted)
-    alone = summarise(runs[:1])["combined"]["clean accuracy"]
-    assert (alone.deviation, alone.points()) == (None, "90.0")
+def test_styles_are_asked_of_the_chosen_pictures(results: Results, folder: Path, tiny_bundle: Path) -> None:
+    bundle = open_bundle(tiny_bundle)
+    pictures = load_pictures(DataSpec(kind="imagefolder", root=folder), "test", bundle.manifest.preprocessing)
+    chosen = choose_pictures(pictures, 20, 0)
+    images = pictures.batch(chosen).permute(0, 2, 3, 1).contiguous().numpy()
+    for name in STYLES:
+        found = results.shifts[name]
+        assert (found.reader, found.pictures, found.counted) == ("style", 20, True)
+        answers = route(Engine(bundle).run(restyle(images, name, 0)), bundle.manifest, "combined").class_id
+        expected = (answers == pictures.labels[chosen]).mean()
+        assert found.answerers["combined"].accuracy == pytest.approx(expected, abs=1e-6)
 
 
-def test_summary_refuses_runs_that_do_not_compare(results: Results) -> None:
-    other = results.model_copy(update={"left_out": ["fog"]})
-    with pytest.raises(ConfigError, match="differ in left_out"):
-        summarise([results, other])
-    fewer = results.model_copy(update={"answerers": results.answerers[1:]})
-    with pytest.raises(ConfigError, match="differ in their heads or routers"):
-        summarise([results, fewer])
+def test_styles_that_training_saw_do_not_count(build_bundle: Any, folder: Path, tmp_path: Path) -> None:
+    provenance = {"recipe": {"seed": 5, "shifts": {"augmix": 0.5, "structural": 0.5}}}
+    bundle = build_bundle(tmp_path / "bundle", heads=("combined",), provenance=provenance)
+    command(bundle, "--data", folder, "--pictures", 4, "--styles", "--out", tmp_path)
+    found = read_results(tmp_path / "results.json")
+    assert [name for name, shift in found.shifts.items() if not shift.counted] == ["sketch", "inversion"]
+    assert found.model.training_seed == 5
 
 
-def test_summary_on_the_command_line(out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command("--summarise", out / "results.json", out / "results.json", "--out", tmp_path)
-    printed = capsys.readouterr().out
-    assert "| combined |" in printed
-    assert "± 0.0" in printed
-    summary = json.loads((tmp_path / "summary.json").read_text())
-    assert (summary["pictures"], summary["corrupted"]) == (30, 20)
-    assert len(summary["answerers"]["combined"]["clean accuracy"]["values"]) == 2
+def test_scores_against_other_things(results: Results) -> None:
+    (name, found), *others = results.ood.items()
+    assert (name, others, found.pictures) == ("digits", [], 359)
+    heads = [f"{score}, {head}" for head in ("clean", "robust", "combined", "original")
+             for score in ("1 - max probability", "predictive entropy")]  # fmt: skip
+    dropout = [f"{score}, {head}" for head in results.model.heads for score in ("mutual information", "energy")]
+    pairs = [f"divergence, {pair}" for pair in ("clean and robust", "clean and combined", "robust and combined")]
+    assert set(found.auroc) == {"1 - max probability", "predictive entropy", *heads, *dropout, *pairs}
+    assert all(value is not None and 0 <= value <= 1 for value in found.auroc.values())
+
+
+def test_the_area_under_the_curve_is_of_other_things_against_clean_ones(
+    folder: Path, tiny_bundle: Path, results: Results
+) -> None:
+    bundle = open_bundle(tiny_bundle)
+    scores = []
+    for spec in (DataSpec(kind="imagefolder", root=folder), DataSpec(kind="digits")):
+        pictures = load_pictures(spec, "test", bundle.manifest.preprocessing)
+        images = pictures.batch(range(len(pictures))).permute(0, 2, 3, 1).contiguous().numpy()
+        scores.append(Engine(bundle).run(images).mutual_information[:, 1])
+    inside, outside = scores
+    expected = np.mean([[(b > a) + (b == a) / 2 for a in inside] for b in outside])
+    assert results.ood["digits"].auroc["mutual information, robust"] == pytest.approx(expected, abs=2e-3)
+
+
+def test_imagenet_c_is_told_by_corruption_and_against_the_own_original(
+    tiny_bundle: Path, single_head_bundle: Path, folder: Path, some_pictures: np.ndarray, tmp_path: Path
+) -> None:
+    for kind in ("fog", "speckle_noise"):
+        for severity in range(1, 6):
+            for i in range(4):
+                target = tmp_path / "c" / kind / str(severity) / f"class {i}"
+                target.mkdir(parents=True)
+                picture = corrupt(some_pictures[i : i + 1], kind, severity, 0)[0]
+                Image.fromarray(picture).save(target / f"{i}.png")
+    out = tmp_path / "out"
+    command(tiny_bundle, "--data", folder, "--original", single_head_bundle, "--pictures", 6, "--out", out,
+            "--shift", f"made={tmp_path / 'c'}")  # fmt: skip
+    found = read_results(out / "results.json").shifts["made"]
+    assert (found.reader, found.pictures, found.severities) == ("imagenet-c", 40, [1, 2, 3, 4, 5])
+    # speckle noise is one of the benchmark's four for validation: shown, never counted
+    assert {kind: each.counted for kind, each in found.corruptions.items()} == {"fog": True, "speckle_noise": False}
+    for name, figures in found.answerers.items():
+        assert figures.accuracy == pytest.approx(np.mean(found.corruptions["fog"].accuracy[name]), abs=1e-5)
+    assert found.mce is not None
+    assert found.mce.yardstick == "original"
+    assert found.mce.values["original"] == 100
+    errors = {name: 1 - np.mean(found.corruptions["fog"].accuracy[name]) for name in ("original", "robust")}
+    assert found.mce.values["robust"] == pytest.approx(100 * errors["robust"] / errors["original"], abs=1e-3)
+
+
+def test_alexnets_own_errors_on_the_whole_benchmark_make_100() -> None:
+    def corrupted(error: float, counted: bool = True) -> Corrupted:
+        right = {"combined": [1 - error] * 5, "original": [1 - error / 2] * 5}
+        return Corrupted(counted=counted, accuracy=right, oracle=[1.0] * 5)
+
+    whole = {name: corrupted(error) for name, error in ALEXNET.items()}
+    found = mean_corruption_error({**whole, "spatter": corrupted(0.3, False)}, "alexnet")
+    assert found is not None
+    assert found.yardstick == "alexnet"
+    assert found.values == pytest.approx({"combined": 100, "original": 50})
+    # a part of the benchmark has no yardstick but the original
+    del whole["fog"]
+    found = mean_corruption_error(whole, "alexnet")
+    assert found is not None
+    assert found.yardstick == "original"
+    assert found.values == pytest.approx({"combined": 200, "original": 100})
+
+
+def test_versions_of_one_picture_are_one_unit() -> None:
+    values, units = np.array([1.0, 0.0, -1.0, 1.0, 1.0, 1.0]), np.array([7, 7, 7, 2, 2, 2])
+    assert by_unit(values, units).tolist() == [1.0, 0.0]
+    assert by_unit(values, units).mean() == values.mean()
+    assert by_unit(values, None) is values
+
+
+def test_results_of_earlier_releases_are_read(out: Path, tmp_path: Path) -> None:
+    document = json.loads((out / "results.json").read_text())
+    for added in ("mce", "shifts", "ood"):
+        del document[added]
+    del document["model"]["training_seed"]
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(document))
+    found = read_results(path)
+    assert (found.mce, found.shifts, found.ood, found.model.training_seed) == (None, {}, {}, None)

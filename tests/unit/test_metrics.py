@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trivium.train.evaluation import metrics
+from trivium.train.shifts.corruptions import TEST_CORRUPTIONS
 
 
 def random_answers(n: int = 400, classes: int = 5, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -13,37 +14,31 @@ def random_answers(n: int = 400, classes: int = 5, seed: int = 0) -> tuple[np.nd
     return generator.dirichlet(np.full(classes, 0.4), n), generator.integers(0, classes, n)
 
 
-def test_accuracy_and_flips_by_hand() -> None:
-    labels = [0, 1, 2, 3, 0]
-    original = [0, 1, 0, 3, 1]
-    new = [0, 2, 2, 0, 1]
-    assert metrics.accuracy(original, labels) == pytest.approx(3 / 5)
-    assert metrics.negative_flips(original, new, labels) == pytest.approx(2 / 5)
-    assert metrics.positive_flips(original, new, labels) == pytest.approx(1 / 5)
-
-
-def test_flips_explain_the_change_of_accuracy() -> None:
-    generator = np.random.default_rng(1)
-    labels, original, new = generator.integers(0, 3, (3, 200))
-    change = metrics.accuracy(new, labels) - metrics.accuracy(original, labels)
-    gained = metrics.positive_flips(original, new, labels)
-    assert change == pytest.approx(gained - metrics.negative_flips(original, new, labels))
-
-
 def test_calibration_error_by_hand() -> None:
     # two pictures at .9, one right: gap .4; two at .6, both right: gap .4; one at .5, wrong: gap .5
     p = [[0.9, 0.1], [0.9, 0.1], [0.6, 0.4], [0.6, 0.4], [0.5, 0.5]]
     diagram = metrics.reliability(np.max(p, 1), [True, False, True, True, False], bins=10)
-    error = metrics.expected_calibration_error(p, [0, 1, 0, 0, 1], bins=10)
-    assert error == metrics.calibration_error(diagram)
     assert diagram.counts.tolist() == [0, 0, 0, 0, 1, 2, 0, 0, 2, 0]
     assert metrics.calibration_error(diagram) == pytest.approx((2 * 0.4 + 2 * 0.4 + 1 * 0.5) / 5)
     assert np.isnan(diagram.accuracy[0])
 
 
 def test_a_perfect_and_sure_classifier_has_no_calibration_error() -> None:
-    assert metrics.expected_calibration_error(np.eye(4), np.arange(4)) == 0.0
-    assert metrics.expected_calibration_error(np.eye(4), np.arange(4)[::-1]) == 1.0
+    assert metrics.calibration_error(metrics.reliability(np.ones(4), np.ones(4, bool))) == 0.0
+    assert metrics.calibration_error(metrics.reliability(np.ones(4), np.zeros(4, bool))) == 1.0
+
+
+def test_the_mean_corruption_error_of_alexnet_is_100() -> None:
+    assert len(metrics.ALEXNET) == 15
+    assert set(metrics.ALEXNET) == set(TEST_CORRUPTIONS)
+    assert metrics.mean_corruption_error(metrics.ALEXNET, metrics.ALEXNET) == pytest.approx(100)
+
+
+def test_the_mean_corruption_error_weighs_corruptions_by_their_difficulty() -> None:
+    yardstick = {"fog": 0.8, "snow": 0.2, "frost": 0.5}
+    assert metrics.mean_corruption_error({"fog": 0.4, "snow": 0.3}, yardstick) == pytest.approx(100 * (0.5 + 1.5) / 2)
+    assert metrics.mean_corruption_error({"fog": 0.4}, {"fog": 0.0}) is None
+    assert metrics.mean_corruption_error({}, yardstick) is None
 
 
 def test_brier_and_likelihood_by_hand() -> None:
@@ -78,12 +73,6 @@ def test_full_coverage_is_plain_accuracy_and_80_percent_counts_whole_pictures() 
     confidence, correct = np.arange(10.0), np.arange(10) >= 2
     assert metrics.accuracy_at_coverage(confidence, correct, 1.0) == pytest.approx(0.8)
     assert metrics.accuracy_at_coverage(confidence, correct) == 1.0
-
-
-def test_mean_corruption_accuracy_weighs_corruptions_not_severities() -> None:
-    table = {("fog", 1): 0.8, ("fog", 2): 0.6, ("snow", 1): 0.3, ("frost", 1): 0.0}
-    assert metrics.mean_corruption_accuracy(table, leave_out=["frost"]) == pytest.approx((0.7 + 0.3) / 2)
-    assert np.isnan(metrics.mean_corruption_accuracy(table, leave_out=["frost", "fog", "snow"]))
 
 
 def test_bootstrap_agrees_with_the_normal_interval() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
@@ -17,7 +17,9 @@ from trivium.runtime.errors import ConfigError
 from trivium.runtime.router import routers
 
 from ..data.pictures import Pictures
+from ..data.shift_sets import ShiftSet
 from ..shifts.corruptions import SEVERITIES, TEST_CORRUPTIONS
+from ..shifts.styles import STYLES
 from . import metrics
 from .results import (
     Answerer,
@@ -27,18 +29,18 @@ from .results import (
     Detection,
     Diagram,
     Diagrams,
-    Difference,
     Histogram,
     Model,
     Results,
     Two,
     TwoDifferences,
+    short,
 )
+from .shifted import COVERAGE, difference, mean_corruption_error, measure_outside, measure_set, measure_styles
 from .subject import Subject
 from .tally import CLEAN, ORIGINAL, Tally, ask, choose_pictures, variants
 
 PACKAGES = ("trivium", "torch", "timm", "numpy", "onnxruntime", "scikit-learn")
-COVERAGE = 0.8
 ENTROPY_BINS = 30
 LEAST_GAP = 5e-4
 """Of accuracy; no share of a smaller gap is worth naming."""
@@ -52,6 +54,9 @@ def evaluate(
     count: int | None = None,
     seed: int = 0,
     left_out: Sequence[str] = (),
+    sets: Sequence[ShiftSet] = (),
+    styles: bool = False,
+    outside: Mapping[str, Pictures] | None = None,
     command: Sequence[str] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Results, Tally]:
@@ -61,6 +66,9 @@ def evaluate(
         original: see `ask`.
         count: pictures to corrupt at most, drawn by seed; None corrupts all. Clean figures are of all pictures.
         left_out: corruptions that do not count, besides those that calibration saw.
+        sets: shift sets to ask about too.
+        styles: ask about the same pictures in every style too.
+        outside: data sets of other things, by name.
         command: as the user gave it, for the record.
 
     Raises: ConfigError where data and model do not fit.
@@ -75,6 +83,13 @@ def evaluate(
     excluded = [name for name in TEST_CORRUPTIONS if name in seen or name in left_out]
     if len(excluded) == len(TEST_CORRUPTIONS):
         raise ConfigError("every corruption is left out, so nothing counts")
+    if original is not None and list(original.manifest.classes) != list(subject.manifest.classes):
+        raise ConfigError(f"--original {original.path}: its classes, or their order, are not those of {subject.path}")
+    for name, other in (outside or {}).items():
+        if other.describe()["digest"] == pictures.describe()["digest"]:
+            raise ConfigError(f"--ood {name}: that is the data under test itself")
+    if taken := [each.name for each in sets if styles and each.name in STYLES]:
+        raise ConfigError(f"--shift {taken[0]}: the name of a style; give the set another")
     tally = ask(subject, pictures, chosen, variants(), original=original, seed=seed, progress=progress)
     if len(chosen) < len(pictures):
         tally.whole = ask(subject, pictures, np.arange(len(pictures)), [CLEAN], original=original, seed=seed)
@@ -82,6 +97,23 @@ def evaluate(
     document = pictures.describe()
     names = [name for name in tally.class_id if name != ORIGINAL or ORIGINAL in manifest.heads]
     best = best_head(tally, manifest.heads, excluded)
+    shifts = {
+        each.name: measure_set(subject, each, original=original, excluded=excluded, progress=progress) for each in sets
+    }
+    if styles:
+        shifts |= measure_styles(subject, pictures, chosen, original=original, seed=seed, progress=progress)
+    ood = {
+        name: measure_outside(subject, tally.clean, other, original=original, progress=progress)
+        for name, other in (outside or {}).items()
+    }
+    corruptions = {
+        kind: Corrupted(
+            counted=kind not in excluded,
+            accuracy={name: by_severity(tally, tally.right(name), kind) for name in tally.class_id},
+            oracle=by_severity(tally, any_right(tally, manifest.heads), kind),
+        )
+        for kind in TEST_CORRUPTIONS
+    }
     if ORIGINAL in manifest.heads:
         source = "the model's own head"
     elif original is not None:
@@ -105,6 +137,7 @@ def evaluate(
             routers=routers(manifest),
             default_router=manifest.router.default,
             original=source,
+            training_seed=training_seed(manifest),
         ),
         data=Data(
             source=document["source"],
@@ -117,14 +150,7 @@ def evaluate(
         left_out=excluded,
         trained_on=trained_on(manifest),
         answerers=[answerer(tally, manifest, name, best, excluded) for name in tally.class_id],
-        corruptions={
-            kind: Corrupted(
-                counted=kind not in excluded,
-                accuracy={name: by_severity(tally, tally.right(name), kind) for name in tally.class_id},
-                oracle=by_severity(tally, any_right(tally, manifest.heads), kind),
-            )
-            for kind in TEST_CORRUPTIONS
-        },
+        corruptions=corruptions,
         bounds=bounds(tally, manifest.heads, [n for n in names if n not in manifest.heads], best, excluded),
         detection=detection(tally, manifest.router.default, excluded),
         head_share=head_share(tally, excluded),
@@ -132,6 +158,9 @@ def evaluate(
         entropy={head: histogram(tally, head, len(manifest.classes), excluded) for head in manifest.heads},
         calibration=manifest.calibration,
         costs=costs(manifest),
+        mce=mean_corruption_error(corruptions, "original"),
+        shifts=shifts,
+        ood=ood,
     )
     return results, tally
 
@@ -144,7 +173,7 @@ def counted(tally: Tally, excluded: Sequence[str]) -> NDArray[np.intp]:
 def two(tally: Tally, measure: Callable[[Tally], NDArray[Any]], excluded: Sequence[str]) -> Two:
     """Means of a measure, [V, N] of each tally, over clean and over counted corrupted views."""
     corrupted = measure(tally)[counted(tally, excluded)]
-    return Two(clean=_short(measure(tally.clean)[0].mean()), corrupted=_short(corrupted.mean()))
+    return Two(clean=short(measure(tally.clean)[0].mean()), corrupted=short(corrupted.mean()))
 
 
 def best_head(tally: Tally, heads: Sequence[str], excluded: Sequence[str]) -> str:
@@ -185,16 +214,16 @@ def answerer(tally: Tally, manifest: Manifest, name: str, best: str, excluded: S
             "negative_flips": negative,
             "positive_flips": positive,
             "ece": {
-                "clean": _short(metrics.calibration_error(metrics.reliability(clean_confidence, clean_right))),
-                "corrupted": _short(
+                "clean": short(metrics.calibration_error(metrics.reliability(clean_confidence, clean_right))),
+                "corrupted": short(
                     metrics.calibration_error(metrics.reliability(confidence[shifted].ravel(), right[shifted].ravel()))
                 ),
             },
             "brier": two(tally, lambda t: t.squared_error[name], excluded),
             "nll": two(tally, lambda t: t.log_loss[name], excluded),
             "accuracy_at_80": {
-                "clean": _short(metrics.accuracy_at_coverage(clean_confidence, clean_right, COVERAGE)),
-                "corrupted": _short(
+                "clean": short(metrics.accuracy_at_coverage(clean_confidence, clean_right, COVERAGE)),
+                "corrupted": short(
                     metrics.accuracy_at_coverage(confidence[shifted].ravel(), right[shifted].ravel(), COVERAGE)
                 ),
             },
@@ -208,12 +237,12 @@ def differences(tally: Tally, name: str, other: str, shifted: NDArray[np.intp]) 
     """Accuracy of one answerer less another's; a picture's corrupted views are resampled together."""
     clean = tally.clean.right(name)[0].astype(np.float64) - tally.clean.right(other)[0]
     corrupted = tally.right(name)[shifted].astype(np.float64) - tally.right(other)[shifted]
-    return TwoDifferences(clean=_difference(clean), corrupted=_difference(corrupted.mean(0)))
+    return TwoDifferences(clean=difference(clean), corrupted=difference(corrupted.mean(0)))
 
 
 def by_severity(tally: Tally, values: NDArray[Any], kind: str) -> list[float]:
     """Means of values [V, N] at each severity of a corruption."""
-    return [_short(values[tally.variants.index((kind, severity))].mean()) for severity in SEVERITIES]
+    return [short(values[tally.variants.index((kind, severity))].mean()) for severity in SEVERITIES]
 
 
 def bounds(tally: Tally, heads: Sequence[str], rules: Sequence[str], best: str, excluded: Sequence[str]) -> Bounds:
@@ -223,14 +252,14 @@ def bounds(tally: Tally, heads: Sequence[str], rules: Sequence[str], best: str, 
     kinds = [kind for kind in TEST_CORRUPTIONS if kind not in excluded]
     means = {kind: [np.mean(by_severity(tally, tally.right(head), kind)) for head in heads] for kind in kinds}
     domain = Two(
-        clean=_short(max(tally.clean.right(head)[0].mean() for head in heads)),
-        corrupted=_short(np.mean([max(each) for each in means.values()])),
+        clean=short(max(tally.clean.right(head)[0].mean() for head in heads)),
+        corrupted=short(np.mean([max(each) for each in means.values()])),
     )
 
     def captured(limit: Two) -> dict[str, float | None]:
         gap = _mix(limit) - _mix(alone)
         gains = {rule: _mix(two(tally, right_of(rule), excluded)) - _mix(alone) for rule in rules}
-        return {rule: _short(gain / gap) if gap >= LEAST_GAP else None for rule, gain in gains.items()}
+        return {rule: short(gain / gap) if gap >= LEAST_GAP else None for rule, gain in gains.items()}
 
     return Bounds(
         best_head=best,
@@ -271,7 +300,7 @@ def head_share(tally: Tally, excluded: Sequence[str]) -> dict[str, dict[str, dic
             rows = [v for v, (name, s) in enumerate(tally.variants) if s == severity and name not in excluded]
             part = places[rows]
             shares[rule][str(severity)] = {
-                label: _short((part == tally.voices.index(label)).mean()) for label in sorted(used)
+                label: short((part == tally.voices.index(label)).mean()) for label in sorted(used)
             }
     return shares
 
@@ -294,10 +323,10 @@ def histogram(tally: Tally, head: str, classes: int, excluded: Sequence[str]) ->
     def shares(part: NDArray[Any]) -> list[float]:
         # rounding may put a uniform answer a hair above log C
         numbers = np.histogram(np.clip(part, 0, edges[-1]), edges)[0]
-        return [_short(number / part.size) for number in numbers]
+        return [short(number / part.size) for number in numbers]
 
     return Histogram(
-        edges=[_short(edge) for edge in edges],
+        edges=[short(edge) for edge in edges],
         clean=shares(tally.clean.scores[score][0]),
         corrupted=shares(tally.scores[score][counted(tally, excluded)]),
     )
@@ -307,6 +336,12 @@ def trained_on(manifest: Manifest) -> list[str]:
     """Kinds of shifted views that the recipe trains on, where the model's record holds its recipe."""
     shifts = (manifest.provenance.get("recipe") or {}).get("shifts") or {}
     return [kind for kind in ("augmix", "pixmix", "structural") if shifts.get(kind)]
+
+
+def training_seed(manifest: Manifest) -> int | None:
+    """The recipe's, where the model's record holds it."""
+    seed = (manifest.provenance.get("recipe") or {}).get("seed")
+    return seed if isinstance(seed, int) else None
 
 
 def costs(manifest: Manifest) -> dict[str, dict[str, float]]:
@@ -324,25 +359,16 @@ def _mix(values: Two) -> float:
     return 0.5 * (values.clean + values.corrupted)
 
 
-def _short(value: float) -> float:
-    return round(float(value), 6)
-
-
 def _maybe(value: float | None) -> float | None:
-    return None if value is None else _short(value)
-
-
-def _difference(values: NDArray[np.float64]) -> Difference:
-    interval = metrics.paired_bootstrap(values)
-    return Difference(mean=_short(interval.mean), low=_short(interval.low), high=_short(interval.high))
+    return None if value is None else short(value)
 
 
 def _diagram(found: metrics.Reliability) -> Diagram:
     def plain(values: NDArray[np.float64]) -> list[float | None]:
-        return [None if np.isnan(value) else _short(value) for value in values]
+        return [None if np.isnan(value) else short(value) for value in values]
 
     return Diagram(
-        edges=[_short(edge) for edge in found.edges],
+        edges=[short(edge) for edge in found.edges],
         counts=found.counts.tolist(),
         confidence=plain(found.confidence),
         accuracy=plain(found.accuracy),

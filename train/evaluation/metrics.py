@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -12,6 +12,15 @@ from sklearn.metrics import roc_auc_score
 BINS = 15
 """Equal-width confidence bins of the expected calibration error (Guo et al. 2017, section 4)."""
 RESAMPLES = 2000
+
+
+ALEXNET = {
+    "gaussian_noise": 0.886428, "shot_noise": 0.894468, "impulse_noise": 0.922640,
+    "defocus_blur": 0.819880, "glass_blur": 0.826268, "motion_blur": 0.785948, "zoom_blur": 0.798360,
+    "snow": 0.866816, "frost": 0.826572, "fog": 0.819324, "brightness": 0.564592,
+    "contrast": 0.853204, "elastic_transform": 0.646056, "pixelate": 0.717840, "jpeg_compression": 0.606500,
+}  # fmt: skip
+"""Mean errors of AlexNet on ImageNet-C, the benchmark's yardstick (constants of the code of Hendrycks et al. 2020)."""
 
 
 class Reliability(NamedTuple):
@@ -42,26 +51,6 @@ class RiskCoverage(NamedTuple):
     """[N]: share of wrong answers among those answered."""
 
 
-def accuracy(class_id: ArrayLike, labels: ArrayLike) -> float:
-    """Share of pictures answered right, in [0, 1]; class_id and labels are [N]."""
-    return float(np.mean(np.asarray(class_id) == np.asarray(labels)))
-
-
-def negative_flips(original: ArrayLike, new: ArrayLike, labels: ArrayLike) -> float:
-    """Share of all pictures that the original got right and the new classifier gets wrong (Yan et al. 2021, NFR).
-
-    Args: class ids, [N] each. Returns: a share in [0, 1].
-    """
-    original, new, labels = np.asarray(original), np.asarray(new), np.asarray(labels)
-    return float(np.mean((original == labels) & (new != labels)))
-
-
-def positive_flips(original: ArrayLike, new: ArrayLike, labels: ArrayLike) -> float:
-    """Share of all pictures that the original got wrong and the new classifier gets right; [N] each."""
-    original, new, labels = np.asarray(original), np.asarray(new), np.asarray(labels)
-    return float(np.mean((original != labels) & (new == labels)))
-
-
 def reliability(confidence: ArrayLike, correct: ArrayLike, bins: int = BINS) -> Reliability:
     """Accuracy against confidence in equal-width bins (Guo et al. 2017); confidence in [0, 1] and correct are [N]."""
     confidence = np.asarray(confidence, np.float64)
@@ -75,12 +64,6 @@ def reliability(confidence: ArrayLike, correct: ArrayLike, bins: int = BINS) -> 
         np.bincount(index, confidence, bins) / filled,
         np.bincount(index, np.asarray(correct, np.float64), bins) / filled,
     )
-
-
-def expected_calibration_error(probabilities: ArrayLike, labels: ArrayLike, bins: int = BINS) -> float:
-    """Mean distance between confidence and accuracy over bins, weighted by their counts (Guo et al. 2017, eq. 3)."""
-    p = np.asarray(probabilities)
-    return calibration_error(reliability(p.max(1), p.argmax(1) == np.asarray(labels), bins))
 
 
 def calibration_error(diagram: Reliability) -> float:
@@ -130,20 +113,16 @@ def accuracy_at_coverage(confidence: ArrayLike, correct: ArrayLike, coverage: fl
     return float(1.0 - risk[max(1, int(np.ceil(coverage * len(risk) - 1e-9))) - 1])
 
 
-def mean_corruption_accuracy(accuracies: Mapping[tuple[str, int], float], leave_out: Sequence[str] = ()) -> float:
-    """Mean over corruptions of the mean over their severities.
+def mean_corruption_error(errors: Mapping[str, float], yardstick: Mapping[str, float]) -> float | None:
+    """mCE of Hendrycks and Dietterich (2019, section 4): 100 times the mean over corruptions of the classifier's error
+    divided by the yardstick's, each summed or averaged over the same severities.
 
-    This is 1 - the unnormalised mCE of Hendrycks and Dietterich (2019); AlexNet is no yardstick on small data.
-
-    Args:
-        accuracies: (corruption, severity) -> accuracy.
-        leave_out: corruptions that do not count, say because training saw them.
+    Args: corruption -> error; the yardstick's may name more corruptions.
+    Returns: 100 for the yardstick itself, less for better; None where the yardstick makes no error to compare with.
     """
-    by_name: dict[str, list[float]] = {}
-    for (name, _), value in accuracies.items():
-        if name not in leave_out:
-            by_name.setdefault(name, []).append(value)
-    return float(np.mean([np.mean(values) for values in by_name.values()])) if by_name else float("nan")
+    if not errors or any(yardstick[name] <= 0 for name in errors):
+        return None
+    return float(100 * np.mean([error / yardstick[name] for name, error in errors.items()]))
 
 
 def paired_bootstrap(

@@ -57,6 +57,8 @@ class Model(Section):
     default_router: str
     original: str
     """Where the original classifier's answers came from, or why there are none."""
+    training_seed: int | None = None
+    """Of the recipe, where the model's record holds it."""
 
 
 class Data(Section):
@@ -69,7 +71,7 @@ class Data(Section):
     corrupted: int
     """Those of them that were seen under every corruption and severity too, drawn by seed."""
     digest: str
-    """SHA-256 of the data set, as train.data describes it."""
+    """SHA-256 of the data set, as train.data.pictures describes it."""
 
 
 class Answerer(Section):
@@ -156,8 +158,66 @@ class Corrupted(Section):
     oracle: list[float]
 
 
+class MeanCorruptionError(Section):
+    """mCE in percent, over the counted corruptions."""
+
+    yardstick: Literal["alexnet", "original"]
+    """Whose errors are 100: AlexNet's on ImageNet-C itself at 224 pixels, else this evaluation's own original's."""
+    values: dict[str, float]
+    """By answerer."""
+
+
+class OnShift(Section):
+    """How well one answerer does on one shift; measures as in Answerer."""
+
+    accuracy: float
+    negative_flips: float | None
+    positive_flips: float | None
+    ece: float
+    brier: float
+    nll: float
+    accuracy_at_80: float
+    over_original: Difference | None
+
+
+class Shift(Section):
+    """A named shift: pictures of the model's classes from elsewhere, or the test pictures in another style."""
+
+    reader: str
+    """How the set was read (train.data.shift_sets), or "style"."""
+    source: str
+    """As the user gave it."""
+    pictures: int
+    classes: int
+    """That occur among the right answers."""
+    counted: bool
+    """False where training drew views of this very style."""
+    note: str
+    digest: str
+    answerers: dict[str, OnShift]
+    severities: list[int] = []
+    corruptions: dict[str, Corrupted] = {}
+    """Of ImageNet-C."""
+    mce: MeanCorruptionError | None = None
+
+
+class Outside(Section):
+    """Pictures of other things than the model's classes, and how well each score tells them from the clean test
+    pictures."""
+
+    source: str
+    pictures: int
+    digest: str
+    auroc: dict[str, float | None]
+    """Score -> area under the ROC curve, other things being the positives."""
+
+
 class Results(Section):
-    """results.json, schema version 1."""
+    """results.json, schema version 1.
+
+    What a later release adds to a version is optional and has a default, so that older files stay readable; what
+    changes its meaning makes a new version.
+    """
 
     format: Literal["trivium-results"] = "trivium-results"
     schema_version: Literal[1] = 1
@@ -185,6 +245,10 @@ class Results(Section):
     calibration: Calibration | None
     costs: dict[str, dict[str, Any]]
     """Training stage -> what it took, where the checkpoint or bundle says it."""
+    mce: MeanCorruptionError | None = None
+    """Of `corruptions`; None without an original."""
+    shifts: dict[str, Shift] = {}
+    ood: dict[str, Outside] = {}
 
     def answerer(self, name: str) -> Answerer:
         return next(each for each in self.answerers if each.name == name)
@@ -218,8 +282,16 @@ def read_results(path: Path) -> Results:
         raise ConfigError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
 
 
+def short(value: float) -> float:
+    """To six digits, as results hold it."""
+    return round(float(value), 6)
+
+
 def write_csv(results: Results, path: Path) -> None:
-    """One row for every answerer and kind of picture: answerer, role, default, kind, severity, counted, accuracy."""
+    """One row for every answerer and kind of picture: answerer, role, default, kind, severity, counted, accuracy.
+
+    A kind is clean, a corruption, or the name of a shift (severity 0).
+    """
     clean = {each.name: each.accuracy.clean for each in results.answerers}
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -230,3 +302,5 @@ def write_csv(results: Results, path: Path) -> None:
             for kind, found in results.corruptions.items():
                 for severity, value in zip(results.severities, found.accuracy[each.name], strict=True):
                     writer.writerow([*first, kind, severity, int(found.counted), value])
+            for kind, shift in results.shifts.items():
+                writer.writerow([*first, kind, 0, int(shift.counted), shift.answerers[each.name].accuracy])

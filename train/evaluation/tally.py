@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from trivium.runtime.router import route, routers, symmetric_divergence
 
 from ..data.pictures import Pictures
 from ..shifts.corruptions import SEVERITIES, TEST_CORRUPTIONS, corrupt
+from ..shifts.styles import STYLES, restyle
 from . import metrics
 from .subject import Probabilities, Subject
 
@@ -24,7 +26,10 @@ CHUNK_BYTES = 64 << 20
 """Of pictures, held at once."""
 
 Variant = tuple[str, int]
+"""A corruption or style and its severity; styles have severity 0."""
 CLEAN: Variant = ("clean", 0)
+Read = Callable[[Probabilities], tuple[NDArray[np.int64], NDArray[np.float64]]]
+"""Probabilities of the model's classes [N, C] -> the answer given [N], and the probability of each answer [N, A]."""
 
 
 @dataclass
@@ -68,6 +73,13 @@ def variants() -> list[Variant]:
     return [CLEAN, *((name, severity) for name in TEST_CORRUPTIONS for severity in SEVERITIES)]
 
 
+def view(images: NDArray[np.uint8], name: str, severity: int, seed: int, first: int = 0) -> NDArray[np.uint8]:
+    """Pictures uint8 [B, H, W, 3] as one variant shows them; `first`: see `corrupt`."""
+    if name in STYLES:
+        return restyle(images, name, seed, first)
+    return corrupt(images, name, severity, seed, first) if severity else images
+
+
 def choose_pictures(pictures: Pictures, count: int | None, seed: int) -> NDArray[np.intp]:
     """Indices of the pictures to ask about, in ascending order: all, or `count` drawn by seed."""
     if count is None or count >= len(pictures):
@@ -97,15 +109,18 @@ def ask(
     original: Subject | None = None,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
+    read: Read | None = None,
 ) -> Tally:
     """Every chosen picture in every view, asked of the model and of the original.
 
     Args:
         original: another model that stands for the original classifier; None takes the subject's own, where it has one.
         progress: told (views done, views in all).
+        read: how answers are read where the pictures' labels do not number the model's classes.
     """
     manifest = subject.manifest
-    tally = Tally(list(views), labels_for(pictures, manifest.classes)[chosen])
+    labels = labels_for(pictures, manifest.classes) if read is None else pictures.labels
+    tally = Tally(list(views), labels[chosen])
     size = pictures.preprocessing
     chunk = max(16, CHUNK_BYTES // (size.height * size.width * 3))
     done = 0
@@ -113,19 +128,20 @@ def ask(
         rows = slice(start, min(start + chunk, len(chosen)))
         images = pictures.batch(chosen[rows]).permute(0, 2, 3, 1).contiguous().numpy()
         for v, (name, severity) in enumerate(tally.variants):
-            view = images if severity == 0 else corrupt(images, name, severity, seed, start)
-            statistics, own = subject.answer(view)
-            answer = own if original is None else original.original(view)
-            count(tally, manifest, v, rows, statistics, answer)
-            done += len(view)
+            seen = view(images, name, severity, seed, start)
+            statistics, own = subject.answer(seen)
+            answer = own if original is None else original.original(seen)
+            count(tally, manifest, v, rows, statistics, answer, read)
+            done += len(seen)
             if progress is not None:
                 progress(done, len(tally.variants) * len(chosen))
     return tally
 
 
 def count(
-    tally: Tally, manifest: Manifest, v: int, rows: slice, statistics: HeadStatistics, original: Probabilities | None
-) -> None:
+    tally: Tally, manifest: Manifest, v: int, rows: slice, statistics: HeadStatistics, original: Probabilities | None,
+    read: Read | None = None,
+) -> None:  # fmt: skip
     """Enter the answers to pictures `rows` under variant number v."""
     labels = tally.labels[rows]
     for name, probabilities, answered_by in answers(statistics, manifest, original):
@@ -133,19 +149,29 @@ def count(
             tally.voices += sorted(set(answered_by) - set(tally.voices))
             places = np.array([tally.voices.index(label) for label in answered_by])
             tally.put(tally.answered_by, name, v, rows, places)
-        tally.put(tally.class_id, name, v, rows, probabilities.argmax(1))
-        tally.put(tally.confidence, name, v, rows, probabilities.max(1))
-        tally.put(tally.squared_error, name, v, rows, metrics.squared_error(probabilities, labels))
-        tally.put(tally.log_loss, name, v, rows, metrics.log_loss(probabilities, labels))
-    default = tally.confidence[manifest.router.default][v, rows]
-    tally.put(tally.scores, "1 - max probability", v, rows, 1 - default)
+        if name == manifest.router.default:
+            tally.put(tally.scores, "1 - max probability", v, rows, 1 - probabilities.max(1))
+            tally.put(tally.scores, "predictive entropy", v, rows, entropy(probabilities))
+        if name in manifest.heads or name == ORIGINAL:
+            tally.put(tally.scores, f"1 - max probability, {name}", v, rows, 1 - probabilities.max(1))
+            tally.put(tally.scores, f"predictive entropy, {name}", v, rows, entropy(probabilities))
+        given, shares = (probabilities.argmax(1), probabilities) if read is None else read(probabilities)
+        tally.put(tally.class_id, name, v, rows, given)
+        tally.put(tally.confidence, name, v, rows, shares[np.arange(len(given)), given])
+        tally.put(tally.squared_error, name, v, rows, metrics.squared_error(shares, labels))
+        tally.put(tally.log_loss, name, v, rows, metrics.log_loss(shares, labels))
     for k, head in enumerate(manifest.heads):
-        tally.put(tally.scores, f"predictive entropy, {head}", v, rows, statistics.predictive_entropy[:, k])
         tally.put(tally.scores, f"mutual information, {head}", v, rows, statistics.mutual_information[:, k])
         tally.put(tally.scores, f"energy, {head}", v, rows, statistics.energy[:, k])
-    if {"clean", "robust"} <= set(manifest.heads):
-        divergence = symmetric_divergence(statistics, manifest.heads.index("clean"), manifest.heads.index("robust"))
-        tally.put(tally.scores, "divergence, clean and robust", v, rows, divergence)
+    for i, j in combinations(range(len(manifest.heads)), 2):
+        name = f"divergence, {manifest.heads[i]} and {manifest.heads[j]}"
+        tally.put(tally.scores, name, v, rows, symmetric_divergence(statistics, i, j))
+
+
+def entropy(probabilities: Probabilities) -> NDArray[np.float64]:
+    """[N], of probabilities [N, C], in nats."""
+    p = probabilities.astype(np.float64)
+    return np.asarray(-(p * np.log(np.maximum(p, 1e-30))).sum(1))
 
 
 def answers(

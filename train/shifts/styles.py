@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from .filters import Stack, gaussian, plasma
 
-CYCLES = 5.0
+CYCLES = 4.0
 """Waves a side that a low-passed picture keeps (Geirhos et al. 2018 blur with Gaussians instead)."""
 CONTRAST = 0.22
 """Of a texture about the mean of the patch that it fills, in [0, 1]."""
