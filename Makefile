@@ -40,17 +40,10 @@ format: venv  ## rewrite the sources in the house's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-SEEDS := 0 1 2
-RESULTS := $(SEEDS:%=build/fashion-mnist/%/results.json)
-
-evaluate: $(RESULTS)  ## the fashion-mnist preset with three seeds: train, export, evaluate, sum up (make -j2 evaluate)
-	$(BIN)/trivium evaluate --summarise $(RESULTS) --out build/fashion-mnist
-
-$(RESULTS): build/fashion-mnist/%/results.json: | venv
+evaluate: venv  ## every method on two data sets with three seeds, up to three hours (train/RESULTS.md; goes on after a kill)
 	$(BIN)/trivium data fashion-mnist
-	$(BIN)/trivium train fashion-mnist --seed $* --out $(@D)/student
-	$(BIN)/trivium export $(@D)/student $(@D)/bundle --force
-	$(BIN)/trivium evaluate $(@D)/bundle --original $(@D)/student --pictures 2000 --seed $* --out $(@D)
+	$(BIN)/trivium data renditions
+	$(BIN)/trivium study fashion-mnist renditions --out build/studies --results train/RESULTS.json --page train/RESULTS.md
 
 bench: venv  ## CPU benchmarks into build/bench
 	$(BIN)/python -m tests.bench

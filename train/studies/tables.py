@@ -1,0 +1,180 @@
+"""What a study found: a table of rows and measures, mean and spread over seeds, as JSON and as Markdown."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trivium.runtime.errors import ConfigError
+
+from ..evaluation.results import Results
+from ..evaluation.summary import Spread, spread
+from .study import Job, Study
+
+ORIGINAL, DEFAULT = "original", "default router"
+Measure = Callable[[Results, str], float | None]
+Table = dict[str, dict[str, Spread]]
+"""Row -> measure -> spread over the seeds; a measure that a row lacks is left out."""
+
+MEASURES: dict[str, Measure] = {
+    "clean": lambda r, a: r.answerer(a).accuracy.clean,
+    "mCA": lambda r, a: r.answerer(a).accuracy.corrupted,
+    "ECE clean": lambda r, a: r.answerer(a).ece.clean,
+    "ECE corrupted": lambda r, a: r.answerer(a).ece.corrupted,
+    "negative flips": lambda r, a: _of(r.answerer(a).negative_flips, "clean"),
+    "flips corrupted": lambda r, a: _of(r.answerer(a).negative_flips, "corrupted"),
+    "acc. at 80 %": lambda r, a: r.answerer(a).accuracy_at_80.corrupted,
+}
+"""Name -> a share of one answerer, which every study has."""
+COST = "CPU s"
+"""Of all stages but the original's."""
+EXPLAINED = (
+    "% but for the cost; mean ± standard deviation over seeds {seeds}. mCA: mean accuracy over the corruptions that "
+    "neither training nor calibration saw, five severities each. Flips: pictures that the original got right and the "
+    "row gets wrong. ECE: expected calibration error. Acc. at 80 %: of the surest 80 % of the corrupted pictures. "
+    "CPU s: of training all that the row needs besides the original."
+)
+
+
+def tabulate(study: Study, jobs: Sequence[Job]) -> Table:
+    """The table of a study's finished runs. Rows of which some seed is missing are left out.
+
+    Raises: ConfigError where a row names an answerer that its runs do not have.
+    """
+    table: Table = {}
+    for row in study.rows:
+        runs = [job.results() for job in jobs if job.row is row]
+        found = [run for run in runs if run is not None]
+        if not found or len(found) < len(runs):
+            continue
+        for title, name in (row.answerers or {row.title: DEFAULT}).items():
+            table[title] = _measured(study, found, title, name)
+    return table
+
+
+def compare(study: Study, table: Table) -> list[dict[str, Any]]:
+    """The study's comparisons of two rows, seed by seed: what is asked, mean, deviation and values."""
+    rows = []
+    for each in study.comparisons:
+        pair = [table.get(title, {}).get(each.measure) for title in (each.row, each.against)]
+        if pair[0] is None or pair[1] is None:
+            continue
+        own, other = (np.array(side.values) for side in pair if side is not None)
+        values = own / other if each.kind == "ratio" else own - other
+        found = spread(values.tolist())
+        assert found is not None
+        rows.append({**each.model_dump(), **found._asdict()})
+    return rows
+
+
+def document(studies: Mapping[str, tuple[Study, Sequence[Job]]]) -> dict[str, Any]:
+    """Everything, as plain JSON."""
+    found: dict[str, Any] = {"format": "trivium-studies", "schema_version": 1, "studies": {}}
+    for name, (study, jobs) in studies.items():
+        table = tabulate(study, jobs)
+        results = [run for job in jobs if (run := job.results()) is not None]
+        if not results:
+            continue
+        first = results[0]
+        found["studies"][name] = {
+            "title": study.title,
+            "seeds": list(study.seeds),
+            "data": first.data.model_dump(),
+            "versions": first.versions,
+            "left_out": first.left_out,
+            "rows": {
+                title: {measure: found._asdict() for measure, found in row.items()} for title, row in table.items()
+            },
+            "comparisons": compare(study, table),
+            "reading": study.reading,
+        }
+    return found
+
+
+def page(document: Mapping[str, Any]) -> str:
+    """RESULTS.md from RESULTS.json."""
+    lines = ["# What the methods are worth", ""]
+    lines += ["Printed by `make evaluate`, from RESULTS.json. Whatever came out stands here.", ""]
+    for found in document["studies"].values():
+        data, rows = found["data"], found["rows"]
+        measures = list(dict.fromkeys(measure for row in rows.values() for measure in row))
+        seeds = ", ".join(map(str, found["seeds"]))
+        lines += [f"## {found['title']}", ""]
+        lines += [
+            f"{data['pictures']} test pictures of {data['source']}, {data['corrupted']} of them corrupted. "
+            + EXPLAINED.format(seeds=seeds),
+            "",
+            "| | " + " | ".join(measures) + " |",
+            "|---|" + "---:|" * len(measures),
+        ]
+        for title, row in rows.items():
+            cells = [_cell(measure, row[measure]) if measure in row else "" for measure in measures]
+            lines.append(f"| {title} | " + " | ".join(cells) + " |")
+        lines.append("")
+        for each in found["comparisons"]:
+            lines.append(f"- {each['row']} against {each['against']}, {each['measure']}: {_compared(each)}")
+        lines += ["", found["reading"].strip(), ""] if found["reading"] else [""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def write(document: Mapping[str, Any], results: Path | None, markdown: Path | None) -> None:
+    """RESULTS.json and RESULTS.md where they are asked for.
+
+    Raises: ConfigError where a file cannot be written.
+    """
+    text = json.dumps(document, indent=1, ensure_ascii=False) + "\n"
+    try:
+        if results is not None:
+            results.write_text(text, encoding="utf-8")
+        if markdown is not None:
+            markdown.write_text(page(document), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{error.filename}: {error.strerror}") from None
+
+
+def _measured(study: Study, runs: Sequence[Results], title: str, name: str) -> dict[str, Spread]:
+    names = [run.model.default_router if name == DEFAULT else name for run in runs]
+    for run, answerer in zip(runs, names, strict=True):
+        if answerer not in {each.name for each in run.answerers}:
+            known = ", ".join(each.name for each in run.answerers)
+            raise ConfigError(f"study {study.name}: {title}: no answerer {answerer!r} in {run.model.path}: {known}")
+    pairs = list(zip(runs, names, strict=True))
+    columns: dict[str, Measure] = {**MEASURES}
+    for column, kinds in study.shifts.items():
+        columns[column] = lambda run, answerer, kinds=kinds: _on_shifts(run, answerer, kinds)  # type: ignore[misc]
+    row = {measure: found for measure, of in columns.items() if (found := spread([of(*pair) for pair in pairs]))}
+    if name != ORIGINAL:
+        found = spread([_cost(run) for run in runs])
+        assert found is not None
+        row[COST] = found
+    return row
+
+
+def _on_shifts(run: Results, answerer: str, kinds: Sequence[str]) -> float | None:
+    found = [run.shifts[kind] for kind in kinds if kind in run.shifts]
+    values = [shift.answerers[answerer].accuracy for shift in found if shift.counted]
+    return float(np.mean(values)) if len(found) == len(kinds) and values else None
+
+
+def _cost(run: Results) -> float:
+    return sum(cost["cpu_seconds"] for stage, cost in run.costs.items() if stage != ORIGINAL)
+
+
+def _of(two: Any, part: str) -> float | None:
+    return None if two is None else getattr(two, part)
+
+
+def _cell(measure: str, found: Mapping[str, Any]) -> str:
+    return f"{found['mean']:.0f}" if measure == COST else Spread(**found).points()
+
+
+def _compared(each: Mapping[str, Any]) -> str:
+    deviation = each["deviation"]
+    if each["kind"] == "ratio":
+        return f"{each['mean']:.3f}" + ("" if deviation is None else f" ± {deviation:.3f}") + " times"
+    spread = Spread(each["mean"], deviation, each["values"])
+    return f"{spread.points(signed=True)} points"
