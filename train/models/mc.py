@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -38,29 +38,41 @@ def mc_statistics(
 
     Raises: ValueError where shapes do not fit together.
     """
-    device = features.device
-    tau = torch.as_tensor(np.asarray(temperature, np.float32), device=device)
-    mask = torch.as_tensor(np.asarray(masks, np.float32), device=device)
+    tau, mask = (torch.as_tensor(np.asarray(a, np.float32), device=features.device) for a in (temperature, masks))
     check_shapes(
         tuple(features.shape), tuple(weights.shape), tuple(bias.shape), tuple(tau.shape), tuple(mask.shape), keep
     )
     (k, c, d), t = weights.shape, len(mask)
-    scaled = (weights.float() / keep / tau[:, None, None]).transpose(1, 2)  # [K, D, C]
-    offset = bias.float() / tau[:, None]
     size = max(1, CHUNK // (t * max(d, c) * k))
-    parts = [_chunk(h.float(), scaled, offset, mask) for h in torch.split(features, size)]
+    parts = [tensor_statistics(h, weights, bias, tau, mask, keep) for h in torch.split(features, size)]
     if not parts:
         empty = ((0, k, c), (0, k), (0, k), (0, k, k), (0, k))
         return HeadStatistics(*(np.zeros(shape, np.float32) for shape in empty))
     return HeadStatistics(*(torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True)))
 
 
-def _chunk(h: Tensor, scaled: Tensor, offset: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
-    k = len(scaled)
+class TensorStatistics(NamedTuple):
+    """kernels.HeadStatistics as tensors."""
+
+    probabilities: Tensor
+    predictive_entropy: Tensor
+    mutual_information: Tensor
+    divergence: Tensor
+    energy: Tensor
+
+
+def tensor_statistics(
+    features: Tensor, weights: Tensor, bias: Tensor, temperature: Tensor, masks: Tensor, keep: float
+) -> TensorStatistics:
+    """What `mc_statistics` gives, of all pictures at once and differentiable; all tensors on one device."""
+    h = features.float()
+    k = len(weights)
+    scaled = (weights.float() / keep / temperature[:, None, None]).transpose(1, 2)  # [K, D, C]
+    offset = bias.float() / temperature[:, None]
     if h.ndim == 2:
-        masked = h[None, :, None, :] * mask  # [1, B, T, D]: one for all heads
+        masked = h[None, :, None, :] * masks  # [1, B, T, D]: one for all heads
     else:
-        masked = h.transpose(0, 1)[:, :, None, :] * mask  # [K, B, T, D]
+        masked = h.transpose(0, 1)[:, :, None, :] * masks  # [K, B, T, D]
     b, t = masked.shape[1], masked.shape[2]
     z = torch.matmul(masked.reshape(len(masked), b * t, -1), scaled) + offset[:, None, :]
     z = z.reshape(k, b, t, -1)
@@ -73,10 +85,11 @@ def _chunk(h: Tensor, scaled: Tensor, offset: Tensor, mask: Tensor) -> tuple[Ten
     entropy = -(mean * log_mean).sum(-1)
     cross = torch.einsum("ibc,jbc->bij", mean, log_mean)
     divergence = (-entropy.t()[:, :, None] - cross).clamp(min=0)
-    divergence.diagonal(dim1=1, dim2=2).mul_(0)  # rounding aside, a head does not differ from itself; NaN stays NaN
+    # rounding aside, a head does not differ from itself; NaN stays NaN
+    divergence = divergence * (1 - torch.eye(k, device=h.device))
     bad = ~h.reshape(b, -1).isfinite().all(-1)
     out = (mean.transpose(0, 1), entropy.t(), (entropy - expected).clamp(min=0).t(), divergence, -lse.mean(-1).t())
-    return tuple(torch.where(bad.reshape(b, *[1] * (a.ndim - 1)), torch.nan, a) for a in out)
+    return TensorStatistics(*(torch.where(bad.reshape(b, *[1] * (a.ndim - 1)), torch.nan, a) for a in out))
 
 
 def normalise(images: Tensor, preprocessing: Preprocessing) -> Tensor:
