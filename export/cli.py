@@ -191,7 +191,7 @@ def arguments() -> argparse.ArgumentParser:
         "--passes", type=positive, metavar="T", help="Monte-Carlo-dropout passes (default: the checkpoint's, or 32)"
     )
     parser.add_argument(
-        "--router", default="auto", help="auto, a head, mean, min_entropy, paper or blend (default auto)"
+        "--router", default="auto", help="auto, a head, mean, min_entropy, paper, blend or gate (default auto)"
     )
     parser.add_argument(
         "--head-weights",

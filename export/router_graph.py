@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from trivium.kernels import HeadStatistics
-from trivium.runtime.bundle import BlendRule, FoldedRouter, Manifest
+from trivium.runtime.bundle import BlendRule, FoldedRouter, GateFeature, Manifest
 from trivium.runtime.router import FLOOR, SHIFT_FEATURES, shift_probability
 
 from .graph import OUTPUTS
@@ -196,13 +196,48 @@ def blend(fold: Fold) -> tuple[str, str]:
     return probabilities, fold.op("Where", shifted, fold.integers(combined), fold.integers(count))
 
 
+def gate(fold: Fold) -> tuple[str, str]:
+    rule = fold.manifest.router.gate
+    assert rule is not None, "the manifest's validator asks for it"
+    answering = [head for head in fold.manifest.heads if head in rule.intercept]
+    score = fold.constant([[rule.intercept[head] for head in answering]])
+    for feature in rule.features:
+        centred = fold.op("Sub", gate_feature(fold, feature), fold.constant(feature.center))
+        standard = fold.op("Unsqueeze", fold.op("Div", centred, fold.constant(feature.scale)), fold.integers(1))
+        weights = fold.constant([[feature.weights[head] for head in answering]])
+        score = fold.op("Add", score, fold.op("Mul", standard, weights))
+    score = fold.op("Where", fold.op("IsNaN", score), fold.constant([np.inf]), score)
+    places = fold.integers(*(fold.place(head) for head in answering))
+    head = fold.op("Gather", places, fold.op("ArgMax", score, axis=1, keepdims=0))
+    return fold.chosen(head), head
+
+
 RULES: dict[str, Callable[[Fold], tuple[str, str]]] = {
     "mean": mean,
     "min_entropy": min_entropy,
     "paper": paper,
     "blend": blend,
+    "gate": gate,
 }
 """By name; each returns the names of the answer's probabilities [N, C] and of its head, int64 [N]."""
+
+
+def gate_feature(fold: Fold, feature: GateFeature) -> str:
+    """[N], as runtime.router.gate_features has it."""
+    places = [fold.place(head) for head in feature.heads]
+    if feature.statistic == "divergence":
+        return fold.op("Sqrt", fold.symmetric_divergence(*places))
+    if feature.statistic == "energy":
+        return fold.exact("energy", *places)
+    if feature.statistic != "max_probability":
+        return fold.op("Sqrt", fold.exact(feature.statistic, *places))
+    # what is not a number must come out as such, which ReduceMax does not promise
+    probabilities = fold.head_probabilities(*places)
+    infinity = fold.constant([np.inf], np.float32)
+    marked = fold.op("Where", fold.op("IsNaN", probabilities), infinity, probabilities)
+    highest = fold.op("ReduceMax", marked, fold.integers(1), keepdims=0)
+    known = fold.op("Where", fold.op("IsInf", highest), fold.constant([np.nan], np.float32), highest)
+    return fold.op("Cast", known, to=fold.type)
 
 
 def floored_log(fold: Fold, value: str) -> str:

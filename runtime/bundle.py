@@ -33,7 +33,8 @@ Label = Annotated[str, Field(min_length=1, max_length=1000, pattern=r"^[^\x00-\x
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 THREE_HEADS = ("clean", "robust", "combined")
-RULES = ("mean", "min_entropy", "paper", "blend")
+GateStatistic = Literal["predictive_entropy", "mutual_information", "divergence", "energy", "max_probability"]
+RULES = ("mean", "min_entropy", "paper", "blend", "gate")
 """Routers that are no head's name."""
 
 
@@ -106,12 +107,49 @@ class BlendRule(Strict):
         return self
 
 
+class GateFeature(Strict):
+    """A score of one head, or of a pair of them, and what it says for each head that may answer."""
+
+    statistic: GateStatistic
+    """The first three, in nats, enter as their square roots; divergence is the symmetrised KL of a pair."""
+    heads: Annotated[list[Name], Field(min_length=1, max_length=2)]
+    """Whose score it is: two heads of a divergence, else one."""
+    center: Finite
+    scale: Positive
+    weights: dict[Name, Finite]
+    """Head that may answer -> weight of (score - center) / scale."""
+
+    @model_validator(mode="after")
+    def _pair(self) -> GateFeature:
+        if len(set(self.heads)) != (2 if self.statistic == "divergence" else 1):
+            wanted = "two different heads" if self.statistic == "divergence" else "one head"
+            raise ValueError(f"{self.statistic} is of {wanted}")
+        return self
+
+
+class GateRule(Strict):
+    """A learned gate: for each head a linear score, fitted as the log-odds that it is right; the highest answers."""
+
+    intercept: Annotated[dict[Name, Finite], Field(min_length=2)]
+    """Heads that may answer; at least two."""
+    features: Annotated[list[GateFeature], Field(min_length=1, max_length=256)]
+    """In the order in which their terms are added to the intercept."""
+
+    @model_validator(mode="after")
+    def _same_heads(self) -> GateRule:
+        for number, feature in enumerate(self.features):
+            if feature.weights.keys() != self.intercept.keys():
+                raise ValueError(f"the weights of feature {number} are not of the heads that have an intercept")
+        return self
+
+
 class RouterSettings(Strict):
     """Which rule answers when a request names none, and the numbers its rules need."""
 
     default: str
     paper: PaperRule | None = None
     blend: BlendRule | None = None
+    gate: GateRule | None = None
 
 
 class Calibration(Strict):
@@ -221,6 +259,10 @@ class Manifest(Strict):
                 raise ValueError(f"{path} is not among the listed files")
         if taken := set(self.heads) & set(RULES):
             raise ValueError(f"a head cannot be called {min(taken)}, which is a router's name")
+        if gate := self.router.gate:
+            named = gate.intercept.keys() | {head for feature in gate.features for head in feature.heads}
+            if unknown := sorted(named - set(self.heads)):
+                raise ValueError(f"router.gate names {unknown[0]}, which is no head of this model")
         if self.router.default not in self.routers():
             raise ValueError(f"router.default {self.router.default!r} is none of: {', '.join(self.routers())}")
         return self
@@ -232,7 +274,7 @@ class Manifest(Strict):
             names += ["mean", "min_entropy"]
         if set(THREE_HEADS) <= set(self.heads):
             names += [name for name in ("paper", "blend") if getattr(self.router, name) is not None]
-        return names
+        return names + (["gate"] if self.router.gate is not None else [])
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ A rule looks at one picture's row alone, so that an answer never depends on the 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import isnan
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 
 from trivium.kernels import HeadStatistics
 
-from .bundle import Manifest
+from .bundle import GateRule, GateStatistic, Manifest
 from .errors import InvalidRequest
 
 Floats = NDArray[np.float64]
@@ -51,19 +52,20 @@ def route(statistics: HeadStatistics, manifest: Manifest, router: str | None = N
     Raises: InvalidRequest for a router that this bundle does not have, with those that it has.
     """
     name = manifest.router.default if router is None else router
-    available = routers(manifest)
-    if name not in available:
-        raise InvalidRequest(f"unknown router {name[:100]!r}; this model has: {', '.join(available)}")
     if name in manifest.heads:
         # float32 as it is
         probabilities = statistics.probabilities[:, manifest.heads.index(name)].astype(np.float32, copy=False)
         labels = [name] * len(probabilities)
-    else:
+    elif router is None or name in (available := routers(manifest)):
         weights, labels = RULES[name](statistics, manifest)
         probabilities = _mix(statistics, weights)
+    else:
+        raise InvalidRequest(f"unknown router {name[:100]!r}; this model has: {', '.join(available)}")
     class_id = probabilities.argmax(1)
-    # argmax finds the first NaN where there is one
-    class_id[np.isnan(probabilities[np.arange(len(labels)), class_id])] = -1
+    # argmax finds the first NaN where there is one; for the one picture of a request numpy would take longer
+    for row, index in enumerate(class_id.tolist()):
+        if isnan(probabilities[row, index]):
+            class_id[row] = -1
     return Routed(probabilities, class_id, labels)
 
 
@@ -108,6 +110,58 @@ def shift_probability(statistics: HeadStatistics, manifest: Manifest) -> Floats:
     decay = np.exp(-np.abs(score))
     probability: Floats = np.where(score >= 0, 1 / (1 + decay), decay / (1 + decay))
     return probability
+
+
+def gate_scores(statistics: HeadStatistics, rule: GateRule, heads: Sequence[str]) -> Floats:
+    """The score, [N, G], that GateRule gives to each head that may answer, in the order of `heads`.
+
+    intercept + sum over features of weight * (feature - center) / scale, added in the manifest's order; what is not a
+    number counts as infinite. `heads` names the statistics' heads.
+    """
+    answering = [head for head in heads if head in rule.intercept]
+    center, scale = (np.array([getattr(feature, name) for feature in rule.features]) for name in ("center", "scale"))
+    weights = np.array([[feature.weights[head] for head in answering] for feature in rule.features])
+    # a manifest from elsewhere may hold numbers whose products overflow
+    with np.errstate(over="ignore", invalid="ignore"):
+        scores = [(feature.statistic, feature.heads) for feature in rule.features]
+        standard = (gate_features(statistics, scores, heads) - center) / scale
+        terms = np.empty((len(standard), len(weights) + 1, len(answering)))
+        terms[:, 0] = [rule.intercept[head] for head in answering]
+        np.multiply(standard[:, :, None], weights, out=terms[:, 1:])
+        # a running sum has one order, whatever the number of pictures
+        score = terms.cumsum(1)[:, -1]
+    result: Floats = np.where(np.isnan(score), np.inf, score)
+    return result
+
+
+def gate_features(
+    statistics: HeadStatistics, scores: Sequence[tuple[GateStatistic, Sequence[str]]], heads: Sequence[str]
+) -> Floats:
+    """Scores of N pictures for a gate, float64 [N, F], each given as (statistic, whose), as GateFeature describes them.
+
+    Roots instead of logarithms: they are rounded alike wherever they are taken. `heads` names the statistics' heads.
+    """
+    entropy, information, divergence = (
+        np.sqrt(values.astype(np.float64))
+        for values in (
+            statistics.predictive_entropy,
+            statistics.mutual_information,
+            0.5 * (statistics.divergence.astype(np.float64) + statistics.divergence.astype(np.float64).swapaxes(1, 2)),
+        )
+    )
+    single = {
+        "predictive_entropy": entropy,
+        "mutual_information": information,
+        "energy": statistics.energy.astype(np.float64),
+        "max_probability": statistics.probabilities.max(2).astype(np.float64),
+    }
+    columns = [
+        divergence[:, heads.index(of[0]), heads.index(of[1])]
+        if name == "divergence"
+        else single[name][:, heads.index(of[0])]
+        for name, of in scores
+    ]
+    return np.stack(columns, axis=1)
 
 
 def _mix(statistics: HeadStatistics, weights: Floats) -> NDArray[np.float32]:
@@ -165,5 +219,19 @@ def _blend(statistics: HeadStatistics, manifest: Manifest) -> Choice:
     return Choice(weights, ["combined" if one else "clean+combined" for one in shifted.tolist()])
 
 
-RULES: dict[str, Rule] = {"mean": _mean, "min_entropy": _min_entropy, "paper": _paper, "blend": _blend}
+def _gate(statistics: HeadStatistics, manifest: Manifest) -> Choice:
+    """The head of the highest score, the first of equals."""
+    rule = manifest.router.gate
+    assert rule is not None
+    answering = np.array([k for k, head in enumerate(manifest.heads) if head in rule.intercept])
+    return _single(answering[gate_scores(statistics, rule, manifest.heads).argmax(1)], manifest)
+
+
+RULES: dict[str, Rule] = {
+    "mean": _mean,
+    "min_entropy": _min_entropy,
+    "paper": _paper,
+    "blend": _blend,
+    "gate": _gate,
+}
 """Rules by name; a head's own name is a router too."""

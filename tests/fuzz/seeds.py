@@ -41,6 +41,13 @@ def manifest() -> dict[str, Any]:
                 "intercept": 0.1,
                 "threshold": 0.5,
             },
+            "gate": {
+                "intercept": dict.fromkeys(HEADS, 0.5),
+                "features": [
+                    {"statistic": name, "heads": heads, "center": 0, "scale": 1, "weights": dict.fromkeys(HEADS, 1.5)}
+                    for name, heads in (("energy", ["clean"]), ("divergence", ["clean", "robust"]))
+                ],
+            },
         },
         "model": "model.onnx",
         "golden": "golden.npz",

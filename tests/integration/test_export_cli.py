@@ -58,9 +58,11 @@ def test_a_checkpoint_becomes_a_bundle_twice_the_same(run: Run, checkpoint: Path
     assert (manifest.name, manifest.heads, manifest.dropout.passes) == ("digits-3", list(HEADS), 8)
     assert manifest.calibration is not None
     assert manifest.calibration.pictures == 60
-    assert {row["router"] for row in manifest.calibration.routers} == {*HEADS, "mean", "min_entropy", "paper", "blend"}
+    compared = {row["router"] for row in manifest.calibration.routers if not row["control"]}
+    assert compared == {*HEADS, "mean", "min_entropy", "paper", "blend", "gate"}
     assert manifest.router.paper is not None
     assert manifest.router.blend is not None
+    assert manifest.router.gate is not None
     assert manifest.tolerances["function - torch: probabilities"] < 1e-4
     assert manifest.provenance["recipe"]["original"]["weights"] == "weights.pth"
     assert manifest.training["costs"]["student"]["cpu_seconds"] == 1.5

@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +196,13 @@ def test_no_bundle_at_all(tmp_path: Path) -> None:
         open_bundle(tmp_path / "file")
 
 
+def gate(heads: Sequence[str] = ("clean", "robust"), score: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """A gate by one score; what is in `score` replaces its numbers."""
+    weights = dict.fromkeys(heads, 0.5)
+    plain = {"statistic": "predictive_entropy", "heads": ["clean"], "center": 0.0, "scale": 1.0, "weights": weights}
+    return {"intercept": dict.fromkeys(heads, 0.0), "features": [plain | dict(score or {})]}
+
+
 EDITS: dict[str, tuple[Edit, str]] = {
     "unknown key": (lambda d: d.update(surprise=1), "surprise: Extra inputs"),
     "unprintable unknown key": (lambda d: d.update({"\x1b[2J": 1}), r"\\x1b\[2J: Extra inputs"),
@@ -212,6 +219,42 @@ EDITS: dict[str, tuple[Edit, str]] = {
     "blend without numbers": (lambda d: d["router"].update(blend=None), "'blend' is none of"),
     "blend with unequal scores": (lambda d: d["router"]["blend"]["scale"].pop("energy"), "must name the same scores"),
     "paper without robust": (lambda d: d["router"]["paper"]["entropy_scale"].pop("robust"), "lacks robust"),
+    "gate without numbers": (lambda d: d["router"].update(default="gate", gate=None), "'gate' is none of"),
+    "gate of one head": (lambda d: d["router"].update(gate=gate(["clean"])), r"router\.gate\.intercept: .* at least 2"),
+    "gate of no scores": (lambda d: d["router"].update(gate=gate() | {"features": []}), r"router\.gate\.features: "),
+    "gate with an unknown head": (
+        lambda d: d["router"].update(gate=gate(["clean", "x"])),
+        "router.gate names x,",
+    ),
+    "gate with the score of an unknown head": (
+        lambda d: d["router"].update(gate=gate(score={"heads": ["x"]})),
+        "router.gate names x, which is no head",
+    ),
+    "gate with the weight of one head missing": (
+        lambda d: d["router"].update(gate=gate(score={"weights": {"clean": 1.0}})),
+        "the weights of feature 0 are not",
+    ),
+    "gate with a divergence of one head": (
+        lambda d: d["router"].update(gate=gate(score={"statistic": "divergence"})),
+        "divergence is of two different",
+    ),
+    "gate with an entropy of two heads": (
+        lambda d: d["router"].update(gate=gate(score={"heads": ["clean", "robust"]})),
+        "predictive_entropy is of one",
+    ),
+    "gate with an unknown score": (
+        lambda d: d["router"].update(gate=gate(score={"statistic": "entropy"})),
+        r"router\.gate\.features\.0\.statistic",
+    ),
+    "gate without a center": (
+        lambda d: d["router"].update(gate=gate(score={"center": None})),
+        r"router\.gate\.features\.0\.center",
+    ),
+    "gate with an infinite weight": (
+        lambda d: d["router"].update(gate=gate(score={"weights": {"clean": 1e999, "robust": 0}})),
+        "no JSON number",
+    ),
+    "gate with a scale of zero": (lambda d: d["router"].update(gate=gate(score={"scale": 0})), "greater than 0"),
     "zero scale": (lambda d: d["router"]["paper"]["entropy_scale"].update(clean=0), "greater than 0"),
     "std of zero": (lambda d: d["preprocessing"].update(std=[1, 0, 1]), r"preprocessing\.std\.1: "),
     "picture of no height": (lambda d: d["preprocessing"].update(height=0), r"preprocessing\.height: "),
@@ -282,7 +325,13 @@ def test_sealing_again_changes_nothing(copy: Path) -> None:
 
 
 def test_routers_follow_the_heads_and_the_numbers(tiny_bundle: Path, single_head_bundle: Path) -> None:
-    assert read_manifest(tiny_bundle).routers() == ["clean", "robust", "combined", *RULES]
+    manifest = read_manifest(tiny_bundle)
+    assert manifest.routers() == ["clean", "robust", "combined", *(rule for rule in RULES if rule != "gate")]
+    document = manifest.model_dump()
+    document["router"]["gate"] = gate()
+    assert Manifest.model_validate(document).routers() == ["clean", "robust", "combined", *RULES]
+    document["router"].pop("gate")
+    assert Manifest.model_validate(document) == manifest
     assert read_manifest(single_head_bundle).routers() == ["original"]
 
 

@@ -21,12 +21,37 @@ from trivium.runtime.bundle import Manifest
 from trivium.runtime.router import route, shift_probability
 
 HEADS, CLASSES = ("clean", "robust", "combined"), 5
-RULES = ("clean", "robust", "combined", "mean", "min_entropy", "paper", "blend")
+RULES = ("clean", "robust", "combined", "mean", "min_entropy", "paper", "blend", "gate")
 FLAT = {"divergence": 0.0, "mutual_information": 0.0, "energy": 1.0}
 """Weights of a blend rule that takes no logarithm into account, so that a tie is a tie in any runtime."""
 
+GATE = {
+    "intercept": {"clean": 0.25, "robust": 0.0, "combined": 0.25},
+    "features": [
+        {
+            "statistic": name,
+            "heads": of,
+            "center": center,
+            "scale": scale,
+            "weights": dict(zip(HEADS, weights, strict=True)),
+        }
+        for name, of, center, scale, weights in (
+            ("divergence", ["clean", "robust"], 0.8, 0.3, (-1.0, 0.5, 0.7)),
+            ("divergence", ["combined", "robust"], 0.5, 0.5, (0.3, -0.1, 0.2)),
+            ("predictive_entropy", ["clean"], 0.5, 0.25, (-0.5, 0.25, 0.125)),
+            ("mutual_information", ["combined"], 0.5, 0.5, (0.0, 0.5, -0.5)),
+            ("energy", ["robust"], -10.0, 3.0, (0.2, -0.4, 0.1)),
+            ("max_probability", ["clean"], 0.75, 0.25, (1.0, -1.0, 0.0)),
+        )
+    ],
+}
+PART = {"intercept": {"robust": 0.0, "combined": 0.0}, "features": [
+    {"statistic": "max_probability", "heads": ["clean"], "center": 0.5, "scale": 0.25,
+     "weights": {"robust": -1.0, "combined": 1.0}}]}  # fmt: skip
+"""A gate between two of the heads by a score of the third, which meets its tie exactly."""
 
-def manifest_of(router: str, **blend: Any) -> Manifest:
+
+def manifest_of(router: str, gate: Any = GATE, **blend: Any) -> Manifest:
     rule = {
         "weights": {"divergence": 1.0, "mutual_information": 0.5, "energy": 0.25},
         "center": {"divergence": -1.0, "mutual_information": 0.2, "energy": -10.5},
@@ -45,6 +70,7 @@ def manifest_of(router: str, **blend: Any) -> Manifest:
                 "default": router,
                 "paper": {"divergence_threshold": 0.4, "entropy_scale": {"clean": 0.5, "robust": 0.75}},
                 "blend": rule | blend,
+                "gate": gate,
             },
             "files": [{"path": "model.onnx", "size": 0, "sha256": "0" * 64}],
         }
@@ -94,6 +120,8 @@ GRAPHS = {router: (manifest_of(router), both(graph_of(manifest_of(router)))) for
 PLAIN = {"weights": FLAT, "center": dict.fromkeys(FLAT, 0.0), "scale": dict.fromkeys(FLAT, 1.0), "intercept": 0.0}
 TIED = manifest_of("blend", **PLAIN)
 GRAPHS["blend, tied"] = (TIED, both(graph_of(TIED)))
+PARTIAL = manifest_of("gate", PART)
+GRAPHS["gate, of two heads"] = (PARTIAL, both(graph_of(PARTIAL)))
 
 
 def random_statistics(seed: int, rows: int) -> HeadStatistics:

@@ -113,7 +113,9 @@ def test_calibration_from_end_to_end(model: Ridge, pictures: Pictures) -> None:
     assert sum(record.mixture.values()) == pytest.approx(1, abs=1e-5)
     assert set(record.temperature) == {"clean", "robust", "combined"}
     trial = provisional(pictures.classes, model.head_names, PREPROCESSING, DROPOUT, settings)
-    assert [row["router"] for row in record.routers] == routers(trial)
+    assert {row["router"] for row in record.routers if not row["control"]} == set(routers(trial))
+    assert sum(row["control"] for row in record.routers) == 3
+    assert settings.gate is not None
     assert settings.default in routers(trial)
     assert "scikit-learn" in record.data
     again = calibrate.calibrate(model, pictures, DROPOUT, limit=120)
@@ -156,7 +158,7 @@ def test_a_single_head_is_calibrated_without_rules(model: Ridge, pictures: Pictu
             return self.heads[:1], torch.zeros(1, 10)
 
     settings, record = calibrate.calibrate(Single(), pictures, DROPOUT, limit=60)
-    assert settings.model_dump() == {"default": "original", "paper": None, "blend": None}
+    assert settings.model_dump() == {"default": "original", "paper": None, "blend": None, "gate": None}
     assert [row["router"] for row in record.routers] == ["original"]
     assert record.chosen_because == "the only router of this model"
 

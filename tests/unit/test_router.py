@@ -12,6 +12,8 @@ from trivium.runtime.errors import InvalidRequest
 from trivium.runtime.router import (
     FLOOR,
     RULES,
+    gate_features,
+    gate_scores,
     route,
     routers,
     shift_features,
@@ -27,6 +29,23 @@ BLEND = {
     "threshold": 0.5,
 }
 PAPER = {"divergence_threshold": 0.25, "entropy_scale": {"clean": 0.5, "robust": 1.0}}
+
+
+def feature(statistic: str, heads: list[str], weights: list[float], center: float = 0.0, scale: float = 1.0) -> Any:
+    named = dict(zip(("clean", "robust", "combined"), weights, strict=True))
+    return {"statistic": statistic, "heads": heads, "center": center, "scale": scale, "weights": named}
+
+
+GATE = {
+    "intercept": {"clean": 0.5, "robust": 0.0, "combined": 0.25},
+    "features": [
+        feature("divergence", ["clean", "robust"], [-2.0, 1.0, 0.0], 0.5, 0.25),
+        feature("predictive_entropy", ["robust"], [0.0, -1.0, 0.0], 0.5),
+        feature("mutual_information", ["clean"], [-0.5, 0.0, 0.5], 0.25, 2.0),
+        feature("energy", ["clean"], [-0.25, 0.125, 0.0], -3.0, 2.0),
+        feature("max_probability", ["combined"], [0.0, 0.0, 2.0], 0.5),
+    ],
+}
 
 
 def manifest(heads: tuple[str, ...] = ("clean", "robust", "combined"), classes: int = 2, **router: Any) -> Manifest:
@@ -140,6 +159,65 @@ def test_blend_does_not_overflow(intercept: float) -> None:
     assert probability == [float(intercept > 0)]
 
 
+def test_gate_features() -> None:
+    stats = statistics((0.25, 0.36, 0.49), (0.1, 0.3), 0.04, -1.5)
+    kinds = [feature["statistic"] for feature in GATE["features"]]
+    m = manifest(gate=GATE)
+    assert m.router.gate is not None
+    scores = [(feature.statistic, feature.heads) for feature in m.router.gate.features]
+    found = dict(zip(kinds, gate_features(stats, scores, m.heads)[0].tolist(), strict=True))
+    assert found == pytest.approx(
+        {"divergence": math.sqrt(0.2), "predictive_entropy": 0.6, "mutual_information": 0.2, "energy": -1.5,
+         "max_probability": 0.625}
+    )  # fmt: skip
+
+
+def test_gate() -> None:
+    m = manifest(gate=GATE)
+    assert m.router.gate is not None
+    # roots of .25 and .25, .5 and .25: only the last two features are off their centers
+    stats = statistics((9, 0.25, 9), (0.1, 0.4), 0.0625, -5.0)
+    assert gate_scores(stats, m.router.gate, m.heads)[0].tolist() == pytest.approx([0.75, -0.125, 0.5])
+    assert answer(stats, m, "gate") == ("clean", 0, [0.75, 0.25])
+    # (1 - .5) / .25 = 2 takes 4 from the clean head and gives 2 to the robust one
+    stats = statistics((9, 0.25, 9), (1.0, 1.0), 0.0625, -5.0)
+    assert gate_scores(stats, m.router.gate, m.heads)[0].tolist() == pytest.approx([-3.25, 1.875, 0.5])
+    assert answer(stats, m, "gate") == ("robust", 1, [0.25, 0.75])
+
+
+def test_gate_finds_heads_by_name_and_answers_by_those_with_an_intercept_alone() -> None:
+    two = {"intercept": {"combined": 0.0, "clean": 0.0}, "features": [
+        {"statistic": "energy", "heads": ["robust"], "center": 0.0, "scale": 1.0,
+         "weights": {"clean": 1.0, "combined": -1.0}}]}  # fmt: skip
+    m = manifest(gate=two)
+    for energy, head in ((1.0, "clean"), (-1.0, "combined"), (0.0, "clean")):
+        stats = statistics()
+        stats.energy[0, 1] = energy
+        assert answer(stats, m, "gate")[0] == head
+    turned = manifest(("combined", "robust", "clean"), gate=two)
+    assert turned.router.gate is not None
+    assert gate_scores(statistics(), turned.router.gate, turned.heads).tolist() == [[-9.0, 9.0]]
+
+
+def test_gate_with_scores_beyond_numbers() -> None:
+    huge = {
+        "intercept": {"clean": 0.0, "robust": 1e308, "combined": -1e308},
+        "features": [
+            feature("energy", ["clean"], [1e308, 1e308, -1e308]),
+            feature("energy", ["robust"], [0.0, 1e308, 0.0]),
+        ],
+    }
+    with np.errstate(all="raise", under="ignore"):
+        assert answer(statistics(energy=10.0), manifest(gate=huge), "gate")[0] == "clean"
+        assert answer(statistics(energy=0.0), manifest(gate=huge), "gate")[0] == "robust"
+    # no head can be judged: the first answers, and says that it is no number where that is so
+    stats = statistics()
+    stats.predictive_entropy[0, 1] = stats.probabilities[0, 2, 0] = np.nan
+    assert answer(stats, manifest(gate=GATE), "gate")[0] == "clean"
+    stats.probabilities[0, 0, 1] = np.nan
+    assert route(stats, manifest(gate=GATE), "gate").class_id.tolist() == [-1]
+
+
 def test_equal_classes_give_the_first() -> None:
     even = statistics()._replace(probabilities=np.full((1, 3, 2), 0.5, np.float32))
     assert answer(even, manifest(), "mean")[1] == 0
@@ -164,7 +242,7 @@ def test_unknown_routers_are_refused_with_those_there_are() -> None:
 
 
 def test_every_rule_that_the_manifest_offers_exists() -> None:
-    m = manifest(paper=PAPER, blend=BLEND)
+    m = manifest(paper=PAPER, blend=BLEND, gate=GATE)
     assert routers(m) == [*m.heads, *RULES]
     assert routers(manifest(("original",))) == ["original"]
     assert routers(manifest(("clean", "other"), blend=BLEND)) == ["clean", "other", "mean", "min_entropy"]
@@ -174,7 +252,7 @@ def test_every_rule_that_the_manifest_offers_exists() -> None:
 def test_an_answer_does_not_depend_on_the_batch(router: str) -> None:
     rng = np.random.default_rng(3)
     n, k, c = 257, 3, 37
-    m = manifest(classes=c, paper=PAPER, blend=BLEND)
+    m = manifest(classes=c, paper=PAPER, blend=BLEND, gate=GATE)
     stats = HeadStatistics(
         rng.dirichlet(np.ones(c), (n, k)).astype(np.float32),
         rng.gamma(1, 0.5, (n, k)).astype(np.float32),

@@ -25,6 +25,7 @@ from ..models.mc import Heads
 from ..shifts.corruptions import CALIBRATION_CORRUPTIONS, SEVERITIES, corrupt
 from ..shifts.views import Shifts, ShiftSpec
 from .comparison import choose_router, compare_routers, provisional
+from .gate import learn_gate, with_gate
 from .observe import CLEAN, Observations, Observer
 
 DOMAINS = {"clean": (True, False), "robust": (False, True)}
@@ -77,8 +78,8 @@ def calibrate(
     """Calibrate a model on calibration pictures: each once as it is and once shifted.
 
     The k-th picture meets the (k mod 6)-th of KINDS: a corruption, of severities 1 to 5 in turn, or an augmentation.
-    A third of the pictures serves the fits, the rest the comparison of routers. The same arguments give the same
-    numbers.
+    A third of the pictures serves the fits, the rest the comparison of routers, where a learned gate answers kinds of
+    shift that it was not fitted on. The same arguments give the same numbers.
 
     Args:
         pictures: the calibration split.
@@ -111,13 +112,17 @@ def calibrate(
     settings = fit_rules(observed.take(fit), heads)
     trial = provisional(pictures.classes, heads, pictures.preprocessing, dropout, settings)
     judged = observed.take(~fit)
-    null, candidates = compare_routers(judged, trial, clean_share, seed)
+    learned = None
+    if len(heads) > 1:
+        gate = learn_gate(observed.take(fit), judged, trial, clean_share, seed)
+        trial, learned = with_gate(trial, gate.rule), gate.answers
+    null, candidates = compare_routers(judged, trial, clean_share, seed, learned)
     chosen, why = choose_router(null, candidates)
     if router is not None:
         if router not in routers(trial):
             raise ConfigError(f"no router {router!r}; this model has: {', '.join(routers(trial))}")
         chosen, why = router, f"asked for; the comparison would have taken {chosen}: {why}"
-    return settings.model_copy(update={"default": chosen}), Calibration(
+    return trial.router.model_copy(update={"default": chosen}), Calibration(
         temperature={head: round(value, 6) for head, value in temperature.items()},
         mixture=mixture(judged, clean_share),
         pictures=len(order),

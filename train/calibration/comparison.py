@@ -7,7 +7,7 @@ is none of these kinds.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -44,6 +44,10 @@ class Candidate(NamedTuple):
     """Negative flips less those of the null head."""
     may_lose_on: tuple[str, ...] = ()
     """Kinds of pictures on which a loss of more than KIND_MARGIN against the null head is not excluded."""
+    beats_heads: bool = True
+    """Of a learned gate: whether its accuracy exceeds that of each head with its whole interval."""
+    control: bool = False
+    """Whether it is here for comparison only, and no router of the model."""
 
     def row(self) -> dict[str, Any]:
         """As a row of the manifest's calibration record."""
@@ -56,6 +60,7 @@ class Candidate(NamedTuple):
             "difference_low": self.difference.low,
             "difference_high": self.difference.high,
             "may_lose_on": ", ".join(self.may_lose_on),
+            "control": self.control,
         }
         if self.negative_flips is not None and self.flips_difference is not None:
             row |= {
@@ -64,34 +69,39 @@ class Candidate(NamedTuple):
                 "flips_difference_low": self.flips_difference.low,
                 "flips_difference_high": self.flips_difference.high,
             }
-        return {key: value if isinstance(value, str) else round(value, 6) for key, value in row.items()}
+        return {key: round(value, 6) if isinstance(value, float) else value for key, value in row.items()}
 
 
 def compare_routers(
-    observed: Observations, manifest: Manifest, clean_share: float = 0.5, seed: int = 0
+    observed: Observations,
+    manifest: Manifest,
+    clean_share: float = 0.5,
+    seed: int = 0,
+    learned: Mapping[str, NDArray[np.int64]] | None = None,
 ) -> tuple[str, list[Candidate]]:
     """Judge every router of a manifest on the mixture.
 
     Clean views share `clean_share` of the weight and corrupted ones the rest. Intervals are 95 % paired bootstraps
     over pictures, all views of one picture together.
 
-    Returns: the null, and one Candidate a router. The null is the combined head, unless the most accurate head beats it
-    with its whole interval; without a combined head it is the most accurate (of equals: with fewer negative flips).
+    Args:
+        learned: class ids [N] of what was learned, each picture answered without its kind of shift having been seen:
+            of the router `gate`, in place of the manifest's, and of controls.
+
+    Returns: the null, and one Candidate a router or control. The null is the combined head, unless the most accurate
+    head beats it with its whole interval; without a combined head it is the most accurate (of equals: with fewer
+    negative flips).
     """
     clean, labels = observed.clean, observed.labels
-    shares = np.where(clean, clean_share / max(clean.sum(), 1), (1 - clean_share) / max((~clean).sum(), 1))
-    _, unit = np.unique(observed.picture, return_inverse=True)
-
-    def by_picture(values: NDArray[Any]) -> Floats:
-        """[P], whose plain mean is the weighted mean of the views' values."""
-        return np.asarray(np.bincount(unit, shares * values) * (unit.max() + 1))
-
-    right = {name: route(observed.statistics, manifest, name).class_id == labels for name in routers(manifest)}
-    score = {name: by_picture(values) for name, values in right.items()}
+    learned = learned or {}
+    fixed = [name for name in routers(manifest) if name not in learned]
+    answers = {name: route(observed.statistics, manifest, name).class_id for name in fixed} | dict(learned)
+    right = {name: answered == labels for name, answered in answers.items()}
+    score = {name: by_picture(observed, values, clean_share) for name, values in right.items()}
     flips: dict[str, Floats] | None = None
     if observed.original is not None:
         kept = observed.original == labels
-        flips = {name: by_picture(kept & ~values) for name, values in right.items()}
+        flips = {name: by_picture(observed, kept & ~values, clean_share) for name, values in right.items()}
 
     def merit(head: str) -> tuple[float, float]:
         return round(float(score[head].mean()), 9), 0.0 if flips is None else -float(flips[head].mean())
@@ -105,6 +115,9 @@ def compare_routers(
         kinds = {str(kind): gain[observed.kind == kind] for kind in np.unique(observed.kind)}
         return tuple(kind for kind, gains in kinds.items() if paired_bootstrap(gains, seed=seed).low < -KIND_MARGIN)
 
+    def beats_heads(name: str) -> bool:
+        return all(paired_bootstrap(score[name] - score[head], seed=seed).low > 0 for head in manifest.heads)
+
     rows = [
         Candidate(
             name,
@@ -115,10 +128,24 @@ def compare_routers(
             None if flips is None else float(flips[name].mean()),
             None if flips is None else paired_bootstrap(flips[name] - flips[null], seed=seed),
             may_lose_on(name),
+            beats_heads=name not in learned or beats_heads(name),
+            control=name not in routers(manifest),
         )
         for name, values in right.items()
     ]
     return null, rows
+
+
+def mixture_weights(observed: Observations, clean_share: float) -> Floats:
+    """[N]: clean views share `clean_share` of the weight and shifted ones the rest."""
+    clean = observed.clean
+    return np.where(clean, clean_share / max(clean.sum(), 1), (1 - clean_share) / max((~clean).sum(), 1))
+
+
+def by_picture(observed: Observations, values: NDArray[Any], clean_share: float) -> Floats:
+    """[P], whose plain mean is the weighted mean of the views' values [N]."""
+    _, unit = np.unique(observed.picture, return_inverse=True)
+    return np.asarray(np.bincount(unit, mixture_weights(observed, clean_share) * values) * (unit.max() + 1))
 
 
 def choose_router(null: str, rows: Sequence[Candidate]) -> tuple[str, str]:
@@ -127,9 +154,10 @@ def choose_router(null: str, rows: Sequence[Candidate]) -> tuple[str, str]:
     The null head answers, unless another router that can lose at most KIND_MARGIN on any kind of picture either beats
     it on the mixture (the interval of its accuracy less the null's lies above 0), or loses at most MARGIN there (the
     interval lies above -MARGIN) and makes significantly fewer negative flips (their interval lies below 0). Of several
-    that beat it the most accurate is taken, of several that flip less the one with the fewest flips.
+    that beat it the most accurate is taken, of several that flip less the one with the fewest flips. A learned gate
+    must beat every head, whichever is the null; fewer flips are not enough for it.
     """
-    others = [row for row in rows if row.router != null and not row.may_lose_on]
+    others = [row for row in rows if row.router != null and not row.may_lose_on and row.beats_heads and not row.control]
     better = [row for row in others if row.difference.low > 0]
     if better:
         chosen = max(better, key=lambda row: row.accuracy)

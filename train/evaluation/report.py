@@ -25,6 +25,7 @@ KNOWN = {
     "min_entropy": Series("min_entropy", "--c-min-entropy", "diamond"),
     "paper": Series("paper", "--c-paper", "diamond"),
     "blend": Series("blend", "--c-blend", "diamond", dash="1.5 2.5", width=2.6),
+    "gate": Series("gate", "--c-gate", "square", dash="4 2"),
     "clean+combined": Series("clean+combined", "--c-blend", "diamond"),
 }
 
