@@ -9,6 +9,7 @@ from pathlib import Path
 import yaml
 from rich.console import Console
 
+from .distributed import joined
 from .pipeline import train
 from .recipe import load_recipe, presets
 
@@ -21,7 +22,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog=sys.argv[0],
         description="Train a robust student: original classifier, teacher, three heads. An interrupted run goes on "
-        "where it stopped; stages whose part of the recipe did not change are not repeated.",
+        "where it stopped; stages whose part of the recipe did not change are not repeated. On several cards or "
+        "machines: torchrun --nproc-per-node N -m trivium train ...",
     )
     parser.add_argument("recipe", help=f"a YAML file or a preset: {', '.join(presets())}")
     parser.add_argument(
@@ -36,6 +38,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, help="same as --set seed=N")
     parser.add_argument("--print-recipe", action="store_true", help="print the whole recipe and stop")
     arguments = parser.parse_args()
+    with joined():
+        _run(arguments)
+
+
+def _run(arguments: argparse.Namespace) -> None:
     settings = [*arguments.settings, *([] if arguments.seed is None else [f"seed={arguments.seed}"])]
     recipe = load_recipe(arguments.recipe, settings)
     if arguments.print_recipe:

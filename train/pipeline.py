@@ -31,6 +31,7 @@ from .checkpoint import (
     save_tensors,
     write_json,
 )
+from .distributed import agreed, once, processes, summed
 from .feed import Feed
 from .loop import Loss, Stage, accuracy, derive, fingerprint, fit, machine
 from .methods import robustify
@@ -73,7 +74,7 @@ class Run:
         self.recipe, self.out, self.watch, self.reuse = recipe, out, watch, reuse
         if recipe.threads:
             torch.set_num_threads(recipe.threads)
-        self.machine = machine(recipe.device, recipe.precision)
+        self.machine = machine(recipe.device, recipe.precision, recipe.parallel, recipe.compile)
         self.feed = Feed(recipe, self.machine)
         self.common = (
             recipe.seed,
@@ -81,7 +82,7 @@ class Run:
             self.feed.preprocessing.model_dump(),
             recipe.views.model_dump(),
             str(self.machine.device.type),
-            self.machine.bfloat16,
+            self.machine.precision,
         )
         self.costs: dict[str, Cost] = {}
         self.results: dict[str, Any] = {}
@@ -94,8 +95,8 @@ class Run:
         self.watch.say(
             f"data: {feed.description['source']}: {len(feed.pictures)} pictures to train, {len(feed.held_out)} held "
             f"out, {len(feed.classes)} classes, {feed.preprocessing.height} x {feed.preprocessing.width}; "
-            f"{self.machine.device.type}, {'bfloat16' if self.machine.bfloat16 else 'float32'}, "
-            f"{torch.get_num_threads()} threads"
+            f"{self.machine.device.type}, {self.machine.precision}, {torch.get_num_threads()} threads"
+            f"{f', {processes()} processes' if processes() > 1 else ''}"
         )
         settings = recipe.teacher
         original, original_print = self._model(
@@ -133,7 +134,7 @@ class Run:
             packages=package_versions(),
             weights_sha256="0" * 64,
         )
-        save_checkpoint(self.out, student, meta)
+        once(lambda: save_checkpoint(self.out, student, meta))
         self.watch.console.print(cost_table(self.costs))
         self.watch.say(f"checkpoint: {self.out}")
         return meta.model_copy(update={"weights_sha256": digest(self.out / WEIGHTS)})
@@ -170,7 +171,7 @@ class Run:
                 check = partial(self.feed.glance, model)
                 cost, figures = self._fit(name, model, settings.schedule, objective(model), mark, check=check)
             directory.mkdir(parents=True, exist_ok=True)
-            save_tensors(directory / MODEL, model.state_dict())
+            once(lambda: save_tensors(directory / MODEL, model.state_dict()))
             self._finish(name, directory, mark, cost, figures)
         self.machine.place(model)
         return self._classifier(model).eval().requires_grad_(False), mark
@@ -232,7 +233,8 @@ class Run:
             model.eval()
             return
         cost, figures = self._fit(name, model, schedule, loss(), mark, kept, lr_scale, check)
-        save_tensors(directory / MODEL, {key: value for key, value in model.state_dict().items() if kept(key)})
+        weights = {key: value for key, value in model.state_dict().items() if kept(key)}
+        once(lambda: save_tensors(directory / MODEL, weights))
         self._finish(name, directory, mark, cost, figures)
 
     def _fit(
@@ -264,7 +266,7 @@ class Run:
         return fit(stage, self.machine, self.watch)
 
     def _done(self, name: str, directory: Path, mark: str) -> bool:
-        for source in (self.out, *self.reuse):
+        for number, source in enumerate((self.out, *self.reuse)):
             weights = source / name / MODEL
             try:
                 state = json.loads((source / name / STAGE).read_text(encoding="utf-8"))
@@ -273,13 +275,15 @@ class Run:
                 cost, figures = Cost.model_validate(state["cost"]), state["figures"]
             except (OSError, ValueError, KeyError):
                 continue
+            agreed(number)
             if source != self.out:
                 directory.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(weights, directory / MODEL)
-                write_json(directory / STAGE, state)
+                once(partial(shutil.copyfile, weights, directory / MODEL))
+                once(partial(write_json, directory / STAGE, state))
             self.costs[name], self.results[name] = cost, figures
             self.watch.say(f"{name}: done before{'' if source == self.out else f' in {source}'}, skipped")
             return True
+        agreed(-1)
         if (directory / STAGE).exists():
             self.watch.say(f"{name}: the recipe or the data changed, trained anew")
         return False
@@ -292,9 +296,13 @@ class Run:
             "figures": figures,
             "weights_sha256": digest(directory / MODEL),
         }
-        write_json(directory / STAGE, state)
-        for epoch in directory.glob("epoch-*"):
-            shutil.rmtree(epoch, ignore_errors=True)
+
+        def close() -> None:
+            write_json(directory / STAGE, state)
+            for epoch in directory.glob("epoch-*"):
+                shutil.rmtree(epoch, ignore_errors=True)
+
+        once(close)
 
     def _preflight(self, original: Classifier, teacher: Classifier, mark: str) -> None:
         file = self.out / "teacher" / "preflight.json"
@@ -303,6 +311,7 @@ class Run:
             found = state["fingerprint"] == mark
         except (OSError, ValueError, KeyError):
             found = False
+        agreed(found)
         if found:
             result, cost = Preflight.model_validate(state["result"]), Cost.model_validate(state["cost"])
         else:
@@ -315,8 +324,10 @@ class Run:
                 for kind in ("clean", "shifted")
             }
             result = Preflight(pictures=min(CHECKED, len(self.feed.held_out)), **rows)
-            cost = Cost(cpu_seconds=time.process_time() - cpu, wall_seconds=time.monotonic() - wall)
-            write_json(file, {"fingerprint": mark, "result": result.model_dump(), "cost": cost.model_dump()})
+            used = summed([time.process_time() - cpu])[0]
+            cost = Cost(cpu_seconds=used, wall_seconds=time.monotonic() - wall)
+            document = {"fingerprint": mark, "result": result.model_dump(), "cost": cost.model_dump()}
+            once(lambda: write_json(file, document))
         self.costs["preflight"], self.results["preflight"] = cost, result.model_dump()
         judge(result, "refuse" if self.recipe.preflight == "refuse" else "warn", self.watch.say)
 

@@ -14,6 +14,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from trivium.runtime.errors import ConfigError
 
 from .data.pictures import DataSpec
+from .distributed import Parallel
 from .methods.robustify import Distillation
 from .methods.teacher import Teacher
 from .sections import Count, Heads, Input, Model, Section
@@ -32,8 +33,12 @@ class Recipe(Section):
     threads: Count | None = None
     """Of torch; None: all cores this process may use."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """auto: bfloat16 autocast where the processor multiplies in it."""
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """auto: bfloat16 autocast where the processor multiplies in it; float16: with a scaled loss."""
+    parallel: Parallel = "auto"
+    """How torchrun's processes share a model: ddp or fsdp; auto: fsdp where it would fill half of a card, else ddp."""
+    compile: bool = False
+    """Whether torch.compile compiles what is trained."""
     data: DataSpec
     input: Input = Input()
     views: CleanSpec = CleanSpec()

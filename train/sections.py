@@ -29,6 +29,10 @@ class Schedule(Section):
 
     epochs: Count
     batch: Count = 128
+    """Of all processes together."""
+    accumulate: Count = 1
+    """Slices into which a batch is cut, learned from one after the other or shared by several processes; each has draws
+    and batch statistics of its own."""
     pictures: Count | None = None
     """Of each epoch, drawn anew every epoch; None takes all."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
@@ -40,6 +44,10 @@ class Schedule(Section):
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Share of all steps."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    clip_grad: Rate | None = None
+    """Greatest norm of the gradient."""
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Decay of the weights' moving average, which then is what is evaluated and kept."""
 
 
 class Input(Section):
