@@ -458,3 +458,22 @@ def test_the_command_counts_classes_and_names_skipped_files(
     monkeypatch.setattr("sys.argv", ["trivium data", "check", str(spoilt), "--strict"])
     with pytest.raises(ConfigError, match="5 unreadable files, strict accepts none"):
         data_cli.main()
+
+
+def test_some_classes_in_the_order_asked_for() -> None:
+    whole = load_pictures(DataSpec(kind="digits"), "test", SMALL)
+    some = load_pictures(DataSpec(kind="digits", classes=["7", "2"]), "test", SMALL)
+    assert some.classes == ["7", "2"]
+    assert set(some.labels.tolist()) == {0, 1}
+    every = load_pictures(DataSpec(kind="digits", classes=["7", "2"], test=1, calibration=1), "train", SMALL)
+    named = np.concatenate([load_pictures(DataSpec(kind="digits"), split, SMALL).labels for split in SPLITS])
+    assert len(every) == int(np.isin(named, [7, 2]).sum()) - 2
+    sevens = {whole.batch([i]).numpy().tobytes() for i in np.flatnonzero(whole.labels == 7)}
+    twos = {whole.batch([i]).numpy().tobytes() for i in np.flatnonzero(whole.labels == 2)}
+    seen = {every.batch([i]).numpy().tobytes(): int(label) for i, label in enumerate(every.labels)}
+    assert {seen[each] for each in sevens & seen.keys()} == {0}
+    assert {seen[each] for each in twos & seen.keys()} == {1}
+    with pytest.raises(ConfigError, match="no class 'seven'; nearest: "):
+        load_pictures(DataSpec(kind="digits", classes=["seven", "2"]), "test", SMALL)
+    with pytest.raises(ConfigError, match="must differ"):
+        load_pictures(DataSpec(kind="digits", classes=["2", "2"]), "test", SMALL)

@@ -69,6 +69,8 @@ class DataSpec(BaseModel):
     """Directory (imagefolder, fashion-mnist, renditions) or file (csv); None: where `trivium data` puts it."""
     seed: int = 0
     """Of the splits and of the choice that a limit makes."""
+    classes: Annotated[list[str], Field(min_length=2)] | None = None
+    """Only the pictures of these, in this order; None takes all."""
     limit: Count | Limits | None = None
     """Most pictures of each split, drawn class by class."""
     calibration: Count | Share = 0.1
@@ -230,6 +232,8 @@ def open_splits(spec: DataSpec) -> tuple[Source, dict[Split, Part]]:
     Raises: ConfigError, as load_pictures.
     """
     source = open_source(spec)
+    if spec.classes is not None:
+        source = source.only(spec.classes)
     parts = split_parts(source.parts, spec.seed, spec.calibration, spec.test, _base(spec))
     for split in SPLITS:
         limit = spec.limit_of(split)
@@ -277,10 +281,6 @@ def open_source(spec: DataSpec) -> Source:
     return source
 
 
-def parse_spec(text: str, **settings: Any) -> DataSpec:
-    """A spec from what a user types: a data set's name, a directory of class folders, or a .csv manifest.
-
-    Raises: ConfigError.
 def _listed(spec: DataSpec) -> Source:
     if spec.kind == "renditions":
         return renditions_source(spec.root)
@@ -288,6 +288,10 @@ def _listed(spec: DataSpec) -> Source:
     return folder_source(spec.root) if spec.kind == "imagefolder" else csv_source(spec.root)
 
 
+def parse_spec(text: str, **settings: Any) -> DataSpec:
+    """A spec from what a user types: a data set's name, a directory of class folders, or a .csv manifest.
+
+    Raises: ConfigError.
     """
     path = Path(text)
     if text in ("fashion-mnist", "renditions", "digits"):
@@ -301,6 +305,6 @@ def _listed(spec: DataSpec) -> Source:
 
 def _base(spec: DataSpec) -> Path | None:
     """The directory against which file names are relative."""
-    return spec.root.parent if spec.root is not None and spec.kind == "csv" else spec.root
     if spec.kind == "renditions":
         return spec.root or renditions.default_directory()
+    return spec.root.parent if spec.root is not None and spec.kind == "csv" else spec.root

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import difflib
 import hashlib
 import json
 import os
@@ -75,6 +76,24 @@ class Source:
     parts: dict[Split, Part]
     skipped: list[Skipped] = field(default_factory=list)
 
+    def only(self, classes: Sequence[str]) -> Source:
+        """The pictures of some classes, labelled in the order given.
+
+        Raises: ConfigError for a class that the data has not, or one named twice.
+        """
+        for name in classes:
+            if name not in self.classes:
+                near = difflib.get_close_matches(name, self.classes, n=1, cutoff=0.0)
+                raise ConfigError(f"data.classes: {self.name} has no class {name!r}; nearest: {near[0]}")
+        if len(set(classes)) != len(classes):
+            raise ConfigError("data.classes: names must differ")
+        labels = np.array([list(classes).index(name) if name in classes else -1 for name in self.classes])
+        parts = dict[Split, Part]()
+        for split, part in self.parts.items():
+            chosen = part.take(np.flatnonzero(labels[part.labels] >= 0))
+            parts[split] = Part(chosen.pictures, labels[chosen.labels])
+        return Source(self.name, list(classes), parts, self.skipped)
+
 
 def fashion_mnist_source(root: Path | None) -> Source:
     """Fashion-MNIST from its IDX files; train and test parts.
@@ -97,6 +116,19 @@ def fashion_mnist_source(root: Path | None) -> Source:
     )
 
 
+def renditions_source(root: Path | None) -> Source:
+    """The emoji renditions; train, calibration and test parts.
+
+    Raises: ConfigError with the command that makes them.
+    """
+    directory = renditions.locate(root)
+    if directory is None:
+        where = f" in {root}" if root else ""
+        out = f" --out {root}" if root else ""
+        raise ConfigError(f"no emoji renditions{where}; run: trivium data renditions{out}")
+    return replace(folder_source(directory), name="emoji renditions (several authors and licences, see its README.md)")
+
+
 def digits_source() -> Source:
     """scikit-learn's 1,797 handwritten digits of 8 x 8 pixels: real, but only a stand-in for a data set."""
     try:
@@ -116,19 +148,6 @@ def folder_source(root: Path) -> Source:
     """
     if not root.is_dir():
         raise ConfigError(f"{root}: no such directory")
-def renditions_source(root: Path | None) -> Source:
-    """The emoji renditions; train, calibration and test parts.
-
-    Raises: ConfigError with the command that makes them.
-    """
-    directory = renditions.locate(root)
-    if directory is None:
-        where = f" in {root}" if root else ""
-        out = f" --out {root}" if root else ""
-        raise ConfigError(f"no emoji renditions{where}; run: trivium data renditions{out}")
-    return replace(folder_source(directory), name="emoji renditions (several authors and licences, see its README.md)")
-
-
     found: dict[Split, Path] = {}
     for split, aliases in DIRECTORIES.items():
         present = [root / name for name in aliases if (root / name).is_dir()]
