@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from . import memory
 from .config import Settings
 from .errors import ConfigError, DigestMismatch, EngineError, ManifestError, TriviumError, UnknownModel
 from .health import NOT_SERVING, SERVING, Health
@@ -254,6 +255,7 @@ class Lifecycle:
         if source.version and manifest.version != source.version:
             raise ManifestError(f"the manifest says version {manifest.version}, its folder {source.version}")
         warm_up(predictor)
+        memory.use_huge_pages()
         return predictor
 
     def _switch(self, source: Source, predictor: Predictor) -> None:
