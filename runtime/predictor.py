@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter_ns
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,8 +22,7 @@ from .preprocess import DEFAULT_LIMITS, Limits, decode
 from .router import route
 
 
-@dataclass(frozen=True, slots=True)
-class Timings:
+class Timings(NamedTuple):
     """Nanoseconds that a picture spent in each stage."""
 
     decode: int = 0
@@ -65,6 +64,8 @@ class Predictor:
         self.limits = limits
         self.fallback = fallback
         """Why the engine is not the one that was asked for, in one word, or ""."""
+        self.seconds = float("inf")
+        """Of a picture in the engine, where that was measured."""
 
     @classmethod
     def load(

@@ -122,7 +122,7 @@ class Scheduler:
         self._each = 0.0
         """Seconds that a picture takes a worker, of late."""
         self._busy = 0
-        """Workers that answer pictures."""
+        """Batches being answered."""
         self.depth = 0
         """Pictures waiting."""
         self.running = 0
@@ -144,28 +144,31 @@ class Scheduler:
         Raises: QueueFull where its pictures or bytes do not fit; DeadlineExceeded where its deadline has passed;
             ShuttingDown after close.
         """
-        if job.deadline is not None and job.deadline <= monotonic():
-            raise DeadlineExceeded("the request's deadline had passed before it was queued")
         job.entered_ns = perf_counter_ns()
         with self._changed:
-            if self._closed:
-                raise ShuttingDown("the server is shutting down")
-            if self.depth + job.size > self.capacity:
-                raise QueueFull(
-                    f"the queue is full: {self.depth} pictures wait, {self.capacity} may, the request has {job.size}"
-                )
-            if self.nbytes + job.nbytes > self.max_bytes:
-                raise QueueFull(
-                    f"the server is full: requests hold {self.nbytes} bytes, {self.max_bytes} may be held, "
-                    f"the request has {job.nbytes}"
-                )
-            if self._shed_late and job.deadline is not None:
-                self._check_wait(job, job.deadline)
-            self.depth += job.size
-            self.nbytes += job.nbytes
-            self._levels[job.priority].setdefault(job.lane, OrderedDict())[job] = None
+            self._enter(job)
             # one that gathers a batch may be woken in place of one that idles
             self._changed.notify(self.instances if self.max_delay > 0 else min(job.size, self.instances))
+
+    def run_here(self, job: Job[T]) -> bool:
+        """Answer a job in the caller's thread, for an engine so fast that handing the job on would cost more.
+
+        It is done when this returns, and `done` is not called. False, and nothing done, where pictures wait: they were
+        first. Raises: as submit.
+        """
+        job.entered_ns = perf_counter_ns()
+        taken: Pictures[Any] = []
+        with self._changed:
+            if self.depth:
+                return False
+            self._enter(job)
+            # no other thread has seen it, so that all its pictures can be taken up at once
+            while job.waiting:
+                self._start(job, taken, [])
+            self._busy += len(taken)
+        for picture in taken:
+            self._answer([picture])
+        return True
 
     def remove(self, job: Job[T], error: TriviumError) -> bool:
         """Take a job out, for a client that left or a deadline that passed: it is done now, with `error`.
@@ -191,35 +194,58 @@ class Scheduler:
             waiting = [job for level in self._levels for jobs in level.values() for job in jobs]
             refused = [job for job in waiting if self._settle(job, ShuttingDown("the server is shutting down"))]
             self._changed.notify_all()
-        for job in refused:
-            job.done(job)
+        _tell(refused)
         end = None if timeout is None else monotonic() + timeout
         for thread in self._threads:
             thread.join(None if end is None else max(0.0, end - monotonic()))
 
+    def _enter(self, job: Job[T]) -> None:
+        """Under the lock: let a job wait. Raises: as submit."""
+        if job.deadline is not None and job.deadline <= monotonic():
+            raise DeadlineExceeded("the request's deadline had passed before it was queued")
+        if self._closed:
+            raise ShuttingDown("the server is shutting down")
+        if self.depth + job.size > self.capacity:
+            raise QueueFull(
+                f"the queue is full: {self.depth} pictures wait, {self.capacity} may, the request has {job.size}"
+            )
+        if self.nbytes + job.nbytes > self.max_bytes:
+            raise QueueFull(
+                f"the server is full: requests hold {self.nbytes} bytes, {self.max_bytes} may be held, "
+                f"the request has {job.nbytes}"
+            )
+        if self._shed_late and job.deadline is not None:
+            self._check_wait(job, job.deadline)
+        self.depth += job.size
+        self.nbytes += job.nbytes
+        self._levels[job.priority].setdefault(job.lane, OrderedDict())[job] = None
+
     def _work(self) -> None:
         while taken := self._take():
-            start = monotonic()
-            outcomes = self._run(taken)
-            finished = []
-            with self._changed:
-                self._busy -= 1
-                self.running -= len(taken)
-                each = (monotonic() - start) / len(taken)
-                self._each = each if self._each == 0 else 0.9 * self._each + 0.1 * each
-                for (job, index), outcome in zip(taken, outcomes, strict=True):
-                    error = outcome if isinstance(outcome, TriviumError) else None
-                    if error is None:
-                        job.results[index] = outcome
-                    job.running -= 1
-                    if (error is not None or self._complete(job)) and self._settle(job, error):
-                        finished.append(job)
-                    if job.running == 0 and job.waiting == 0:
-                        self._release(job)
-            for job in finished:
-                job.done(job)
+            _tell(self._answer(taken))
             # a thread that waits must not keep the last requests alive
-            del job, taken, outcomes, outcome, finished
+            del taken
+
+    def _answer(self, taken: Pictures[Any]) -> list[Job[Any]]:
+        """Run pictures that were taken up; the jobs that are done by it."""
+        start = monotonic()
+        outcomes = self._run(taken)
+        finished = []
+        with self._changed:
+            self._busy -= 1
+            self.running -= len(taken)
+            each = (monotonic() - start) / len(taken)
+            self._each = each if self._each == 0 else 0.9 * self._each + 0.1 * each
+            for (job, index), outcome in zip(taken, outcomes, strict=True):
+                error = outcome if isinstance(outcome, TriviumError) else None
+                if error is None:
+                    job.results[index] = outcome
+                job.running -= 1
+                if (error is not None or self._complete(job)) and self._settle(job, error):
+                    finished.append(job)
+                if job.running == 0 and job.waiting == 0:
+                    self._release(job)
+        return finished
 
     @staticmethod
     def _run(taken: Pictures[Any]) -> Sequence[Any]:
@@ -253,8 +279,7 @@ class Scheduler:
                 elif self._gathered(job):
                     self._start_batch(job, taken, expired)
                 self._busy += bool(taken)
-            for late in expired:
-                late.done(late)
+            _tell(expired)
             if taken:
                 return taken
 
@@ -271,7 +296,7 @@ class Scheduler:
 
     def _start_batch(self, job: Job[Any], taken: Pictures[Any], expired: list[Job[Any]]) -> None:
         waiting = sum(other.waiting for other in self._sharing(job))
-        idle = self.instances - self._busy
+        idle = max(1, self.instances - self._busy)
         size = min(self.batch, -(-waiting // idle))
         size = max((fitting for fitting in self._preferred if fitting <= size), default=size)
         while len(taken) < size and (sharing := self._sharing(job)):
@@ -351,3 +376,8 @@ class Scheduler:
     @staticmethod
     def _complete(job: Job[T]) -> bool:
         return job.running == 0 and job.waiting == 0
+
+
+def _tell(finished: list[Job[Any]]) -> None:
+    for job in finished:
+        job.done(job)

@@ -116,7 +116,13 @@ class Server:
         self._watch: asyncio.Task[None] | None = None
         self._journal = Journal.of(settings)
         self.service = Service(
-            self.repository, self.lifecycle, self.scheduler, self.metrics, settings.max_batch, self._journal
+            self.repository,
+            self.lifecycle,
+            self.scheduler,
+            self.metrics,
+            settings.max_batch,
+            1e-3 * settings.inline_ms,
+            self._journal,
         )
         self._http = HttpServer(self.metrics.exposition, lambda: self.health.ready)
         self._credentials = server_credentials(settings)

@@ -51,6 +51,7 @@ class Service(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[mi
         scheduler: where pictures queue.
         metrics: where everything is counted.
         max_batch: most pictures in a request.
+        inline: seconds; what takes the engine no longer is answered on the event loop itself.
         journal: what else is told of each request.
     """
 
@@ -61,6 +62,7 @@ class Service(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[mi
         scheduler: Scheduler,
         metrics: Metrics,
         max_batch: int,
+        inline: float = 0.0,
         journal: Journal | None = None,
     ) -> None:
         self._repository = repository
@@ -68,6 +70,8 @@ class Service(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[mi
         self._scheduler = scheduler
         self._metrics = metrics
         self._max_batch = max_batch
+        # where pictures run together, they wait for each other
+        self._inline = inline if scheduler.batch == 1 else 0.0
         self._journal = journal
         self._closing = False
         self.in_flight = 0
@@ -125,8 +129,9 @@ class Service(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[mi
         if self._journal is not None:
             manifest = predictor.manifest
             trace = self._journal.answered(request, context, manifest, job, predictions, starts, start, end)
-        counted.succeeded(predictions, job.queue_ns, end - start, trace)
         served.last_ms = time.time_ns() // 1_000_000
+        # once the answer is on its way, and before the loop reads what anybody asks next
+        asyncio.get_running_loop().call_soon(counted.succeeded, predictions, job.queue_ns, end - start, trace)
         return response
 
     def _failed(self, request: Any, context: Any, served: Served | None, code: str, reason: str, start: int) -> None:
@@ -243,6 +248,12 @@ class Service(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[mi
             together=served.together,
             payload=asked,
         )
+        # a picture that must be decoded first takes milliseconds
+        short = asked.request.images is not None and asked.request.size * served.predictor.seconds <= self._inline
+        if short and self._scheduler.run_here(job):
+            if job.error is not None:
+                raise job.error
+            return job
         self._scheduler.submit(job)
         timer: asyncio.TimerHandle | None = None
         if deadline is not None:

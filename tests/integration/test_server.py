@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import io
 import signal
 import socket
 import threading
@@ -19,6 +20,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from numpy.typing import NDArray
+from PIL import Image
 from tritonclient.grpc import service_pb2
 
 from trivium.runtime.client import Client
@@ -238,26 +240,85 @@ def test_memory_and_threads_stay_flat(server: ServerProcess, some_pictures: NDAr
     assert process.num_threads() <= before[1] + 2
 
 
+def request(pictures: NDArray[np.uint8]) -> bytes:
+    tensor = service_pb2.ModelInferRequest.InferInputTensor(name="image", datatype="UINT8", shape=pictures.shape)
+    raw = [pictures.tobytes()]
+    return bytes(
+        service_pb2.ModelInferRequest(model_name="tiny", inputs=[tensor], raw_input_contents=raw).SerializeToString()
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"inline_ms": 1.0}, ["loop", "loop", "worker", "worker"]),
+        ({"inline_ms": 0.0}, ["worker"] * 4),
+        ({"inline_ms": 1.0, "batch": 2, "max_delay_ms": 0.0}, ["worker"] * 4),
+        ({"inline_ms": 1.0, "transport": "grpc"}, ["loop", "loop", "worker", "worker"]),
+    ],
+)
+def test_what_takes_the_engine_no_time_is_answered_on_the_loop(
+    tiny_bundle: Path, some_pictures: NDArray[np.uint8], options: dict[str, Any], expected: list[str]
+) -> None:
+    encoded = io.BytesIO()
+    Image.fromarray(some_pictures[0]).save(encoded, "PNG")
+    tensor = service_pb2.ModelInferRequest.InferInputTensor(name="encoded_image", datatype="BYTES", shape=[1])
+    tensor.contents.bytes_contents.append(encoded.getvalue())
+    picture_file = service_pb2.ModelInferRequest(model_name="tiny", inputs=[tensor]).SerializeToString()
+    requests = [request(some_pictures[:1]), request(some_pictures[:2]), request(some_pictures[:3]), picture_file]
+
+    async def where() -> list[str]:
+        settings = {"bundles": (tiny_bundle,), "grpc_port": 0, "http_port": 0, "instances": 1, **options}
+        server = Server(Settings.model_validate(settings))
+        await server.load()
+        predictor = server.repository.get("tiny").predictor
+        assert 0 < predictor.seconds < 1
+        predictor.seconds = 0.0005
+        run, threads = predictor.engine.run, list[str]()
+
+        def noted(images: NDArray[np.uint8]) -> Any:
+            threads.append("loop" if threading.current_thread() is threading.main_thread() else "worker")
+            return run(images)
+
+        predictor.engine.run = noted  # type: ignore[method-assign]
+        found = []
+        ready = await server.start()
+        async with grpc.aio.insecure_channel(ready.grpc) as channel:
+            infer = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
+            for position, message in enumerate(requests):
+                threads.clear()
+                await infer(message, timeout=60)
+                found.append("+".join(set(threads)))
+                # counted by the time that the client has its answer
+                assert server.repository.get("tiny").counted.successes == position + 1
+        assert server.scheduler.executed == 1 + 2 + 3 + 1
+        assert (server.scheduler.depth, server.scheduler.running, server.scheduler.nbytes) == (0, 0, 0)
+        await server.stop(0.0)
+        return found
+
+    assert asyncio.run(where()) == expected
+
+
+@pytest.mark.parametrize("inline_ms", [0.0, 1000.0])
 def test_a_request_leaves_nothing_for_the_garbage_collector(
-    tiny_bundle: Path, some_pictures: NDArray[np.uint8]
+    tiny_bundle: Path, some_pictures: NDArray[np.uint8], inline_ms: float
 ) -> None:
     # a cycle would keep each request's pictures until ten thousand other objects were made
-    tensor = service_pb2.ModelInferRequest.InferInputTensor(name="image", datatype="UINT8", shape=[1, 32, 32, 3])
-    raw = [some_pictures[0].tobytes()]
-    message = service_pb2.ModelInferRequest(model_name="tiny", inputs=[tensor], raw_input_contents=raw)
+    message = request(some_pictures[:1])
 
     async def garbage() -> int:
-        server = Server(Settings(bundles=(tiny_bundle,), grpc_port=0, http_port=0, instances=2))
+        settings = Settings(bundles=(tiny_bundle,), grpc_port=0, http_port=0, instances=2, inline_ms=inline_ms)
+        server = Server(settings)
         await server.load()
         ready = await server.start()
         async with grpc.aio.insecure_channel(ready.grpc) as channel:
             infer = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
             for _ in range(5):
-                await infer(message.SerializeToString())
+                await infer(message)
             gc.collect()
             gc.disable()
             for _ in range(50):
-                await infer(message.SerializeToString(), timeout=60)
+                await infer(message, timeout=60)
             found = gc.collect()
         await server.stop(0.0)
         return found

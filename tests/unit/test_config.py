@@ -33,7 +33,7 @@ def test_every_setting_is_a_flag_a_variable_and_a_key(tmp_path: Path) -> None:
         "engine": "tensorrt-ep", "engine_cache": "e",
         "transport": "grpc", "max_streams": 10, "keepalive_seconds": 11.0, "connection_age_seconds": 12.0,
         "batch": 2, "max_delay_ms": 3.0, "preferred_batches": "1,2", "shed_late": True,
-        "max_batch": 4, "max_queue": 5, "max_message_bytes": 6000, "max_queue_bytes": 7000,
+        "inline_ms": 0.5, "max_batch": 4, "max_queue": 5, "max_message_bytes": 6000, "max_queue_bytes": 7000,
         "max_picture_bytes": 8000, "max_picture_pixels": 9, "grace_seconds": 1.5, "drain_seconds": 2.5,
         "ready_file": "r", "log_level": "debug", "repository": "d", "keep_versions": 2, "watch": True,
         "tls_cert": "c", "tls_key": "k", "tls_client_ca": "a", "tokens": "t",

@@ -424,3 +424,58 @@ def test_a_batch_that_fails_fails_for_all_and_the_worker_lives(batching: Callabl
     last = gate.job("last")
     scheduler.submit(last)
     assert wait(last).results == [("last", 0)]
+
+
+def test_a_job_is_answered_in_the_callers_thread_where_nothing_waits(make: Callable[..., Scheduler]) -> None:
+    scheduler = make(1, 10)
+    job = finished_job(3, lambda index: (index, threading.current_thread()), nbytes=7)
+    assert scheduler.run_here(job)
+    assert job.results == [(index, threading.current_thread()) for index in range(3)]
+    assert job.error is None
+    assert not done[job]
+    assert (scheduler.executed, scheduler.depth, scheduler.running, scheduler.nbytes) == (3, 0, 0, 0)
+
+
+def test_what_waits_goes_before_what_could_run_in_the_callers_thread(make: Callable[..., Scheduler]) -> None:
+    scheduler, gate = blocked(make)
+    # the worker is busy, but nothing waits
+    assert scheduler.run_here(finished_job(1, lambda _: None))
+    scheduler.submit(waiting := gate.job("waiting"))
+    late = gate.job("late")
+    assert not scheduler.run_here(late)
+    assert (late.next, scheduler.depth) == (0, 1)
+    scheduler.submit(late)
+    gate.open.set()
+    wait(late)
+    wait(waiting)
+    assert [name for name, _ in gate.ran] == ["first", "waiting", "late"]
+
+
+def test_the_callers_thread_keeps_the_queues_rules(make: Callable[..., Scheduler]) -> None:
+    scheduler = make(1, 2, 100)
+    ran: list[int] = []
+    for error, options in (
+        (DeadlineExceeded, {"deadline": time.monotonic() - 1}),
+        (QueueFull, {"size": 3}),
+        (QueueFull, {"nbytes": 101}),
+    ):
+        with pytest.raises(error):
+            scheduler.run_here(finished_job(run=ran.append, **{"size": 1, **options}))  # type: ignore[arg-type]
+    scheduler.close(10)
+    with pytest.raises(ShuttingDown):
+        scheduler.run_here(finished_job(1, ran.append))
+    assert ran == []
+    assert (scheduler.executed, scheduler.depth, scheduler.nbytes) == (0, 0, 0)
+
+
+def test_an_error_in_the_callers_thread_ends_the_job(make: Callable[..., Scheduler]) -> None:
+    def run(index: int) -> int:
+        if index == 1:
+            raise InvalidPicture("picture 1: no")
+        return index
+
+    scheduler = make(1, 10)
+    job = finished_job(3, run, nbytes=7)
+    assert scheduler.run_here(job)
+    assert isinstance(job.error, InvalidPicture)
+    assert (scheduler.running, scheduler.depth, scheduler.nbytes) == (0, 0, 0)
