@@ -64,10 +64,10 @@ class Settings(Strict):
     inline_ms: Annotated[
         Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)],
         Field(
-            description="requests that take the engine no longer are answered on the event loop itself, where handing "
-            "them to a worker would cost more; what the loop has to do besides waits meanwhile; 0 for none"
+            description="requests that take the engine no longer are answered on the event loop itself, for handing "
+            "them to a worker would cost more; all else on the loop waits meanwhile; 0 for none"
         ),
-    ] = 0.1
+    ] = 0.05
     max_batch: Annotated[Count, Field(description="most pictures in one request")] = 64
     batch: Annotated[
         Annotated[int, Field(ge=1, le=1024)] | None,

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from time import monotonic
+from time import thread_time
 
 from . import memory
 from .config import Settings
@@ -27,7 +27,7 @@ from .sources import Group, Source, look, scan
 WATCH_SECONDS = 1.0
 """Between looks; a directory is loaded when two looks agree, so that one still being copied is left alone."""
 WARM_UP_SECONDS = 0.01
-"""So long an engine is measured; one call at least."""
+"""CPU time that an engine is measured for; one call at least."""
 _log = logging.getLogger(__name__)
 
 
@@ -315,8 +315,9 @@ def warm_up(predictor: Predictor) -> None:
     encoded = io.BytesIO()
     Image.new("RGB", (64, 64)).save(encoded, "JPEG")
     image = predictor.decode(encoded.getvalue())
-    end = monotonic() + WARM_UP_SECONDS
+    # CPU time, so that an interruption leaves more calls
+    end = thread_time() + WARM_UP_SECONDS
     while True:
         predictor.seconds = min(predictor.seconds, 1e-9 * predictor.infer(image).timings.compute)
-        if monotonic() > end:
+        if thread_time() > end:
             return

@@ -115,8 +115,9 @@ def test_every_answer_is_its_own_or_one_proper_status(
     answers = Answers([tiny_bundle, second_version, slow_bundle], some_pictures)
     link = tmp_path / "current"
     link.symlink_to(tiny_bundle)
+    # pictures of the tiny model are answered on the event loop where nothing waits, and by workers elsewhere
     server = serve(
-        link, slow_bundle, "--max-queue", QUEUE, "--max-batch", MAX_BATCH,
+        link, slow_bundle, "--max-queue", QUEUE, "--max-batch", MAX_BATCH, "--inline-ms", 1,
         "--grace-seconds", GRACE, "--drain-seconds", DRAIN,
     )  # fmt: skip
     reloader = Reloader(
