@@ -437,7 +437,7 @@ def test_specs_from_what_a_user_types(tmp_path: Path) -> None:
     assert parse_spec("digits").kind == "digits"
     assert parse_spec(str(tmp_path), seed=3) == DataSpec(kind="imagefolder", root=tmp_path, seed=3)
     assert parse_spec("list.csv").kind == "csv"
-    with pytest.raises(ConfigError, match="neither fashion-mnist, digits"):
+    with pytest.raises(ConfigError, match="neither fashion-mnist, renditions, digits"):
         parse_spec(str(tmp_path / "none"))
 
 

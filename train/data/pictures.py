@@ -21,6 +21,7 @@ from trivium.runtime.errors import ConfigError, InvalidPicture
 from trivium.runtime.preprocess import prepare
 
 from . import renditions
+from .shards import huggingface_source, webdataset_source
 from .sources import (
     SPLITS,
     Part,
@@ -64,9 +65,10 @@ class DataSpec(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    kind: Literal["fashion-mnist", "renditions", "imagefolder", "csv", "digits"]
+    kind: Literal["fashion-mnist", "renditions", "imagefolder", "csv", "webdataset", "huggingface", "digits"]
     root: Path | None = None
-    """Directory (imagefolder, fashion-mnist, renditions) or file (csv); None: where `trivium data` puts it."""
+    """Directory (imagefolder, fashion-mnist, renditions, huggingface), file (csv), pattern of tar files (webdataset) or
+    name on the hub (huggingface); None: where `trivium data` puts it."""
     seed: int = 0
     """Of the splits and of the choice that a limit makes."""
     classes: Annotated[list[str], Field(min_length=2)] | None = None
@@ -86,7 +88,7 @@ class DataSpec(BaseModel):
 
     @model_validator(mode="after")
     def _root_fits_kind(self) -> DataSpec:
-        if self.kind in ("imagefolder", "csv") and self.root is None:
+        if self.kind in ("imagefolder", "csv", "webdataset", "huggingface") and self.root is None:
             raise ValueError(f"root: {self.kind} needs the path of the data")
         if self.kind == "digits" and self.root is not None:
             raise ValueError("root: the digits come with scikit-learn")
@@ -161,7 +163,7 @@ class Pictures:
         root = _base(self.spec)
         digests = "".join(self._parts[split].digest(root) for split in SPLITS)
         document = self.spec.model_dump(mode="json")
-        if self.spec.root is not None:
+        if self.spec.root is not None and not (self.spec.kind == "huggingface" and not self.spec.root.exists()):
             document["root"] = str(self.spec.root.absolute())
         return {
             "spec": document,
@@ -285,22 +287,33 @@ def _listed(spec: DataSpec) -> Source:
     if spec.kind == "renditions":
         return renditions_source(spec.root)
     assert spec.root is not None, "the spec's validator asks for it"
-    return folder_source(spec.root) if spec.kind == "imagefolder" else csv_source(spec.root)
+    read = {
+        "imagefolder": folder_source,
+        "csv": csv_source,
+        "webdataset": webdataset_source,
+        "huggingface": huggingface_source,
+    }
+    return read[spec.kind](spec.root)
 
 
 def parse_spec(text: str, **settings: Any) -> DataSpec:
-    """A spec from what a user types: a data set's name, a directory of class folders, or a .csv manifest.
+    """A spec from what a user types: a data set's name, a directory of class folders or of a Hugging Face dataset, a
+    .csv manifest, or a pattern of .tar shards.
 
     Raises: ConfigError.
     """
     path = Path(text)
     if text in ("fashion-mnist", "renditions", "digits"):
         return DataSpec(kind=text, **settings)  # type: ignore[arg-type]
+    if path.suffix.lower() == ".tar":
+        return DataSpec(kind="webdataset", root=path, **settings)
+    if any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
+        return DataSpec(kind="huggingface", root=path, **settings)
     if path.is_dir():
         return DataSpec(kind="imagefolder", root=path, **settings)
     if path.suffix.lower() == ".csv":
         return DataSpec(kind="csv", root=path, **settings)
-    raise ConfigError(f"{text}: neither fashion-mnist, renditions, digits, a directory, nor a .csv file")
+    raise ConfigError(f"{text}: neither fashion-mnist, renditions, digits, a directory, a .csv file, nor .tar shards")
 
 
 def _base(spec: DataSpec) -> Path | None:

@@ -8,11 +8,12 @@ import hashlib
 import json
 import os
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,11 +43,34 @@ class Skipped(NamedTuple):
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class Entry(ABC):
+    """An encoded picture inside something larger: its name there, its size in bytes, when that changed (ns)."""
+
+    name: str
+    size: int
+    changed: int
+
+    @abstractmethod
+    def __str__(self) -> str:
+        """Name and place, for people."""
+
+    @abstractmethod
+    def read(self) -> bytes:
+        """The encoded picture.
+
+        Raises: OSError.
+        """
+
+
+Files = list[Path] | list[Entry] | list[Path | Entry]
+
+
 @dataclass(frozen=True)
 class Part:
-    """The pictures of one split: uint8 [N, h, w] or [N, h, w, 3], or N files, with labels int64 [N]."""
+    """The pictures of one split: uint8 [N, h, w] or [N, h, w, 3], or N files or entries, with labels int64 [N]."""
 
-    pictures: NDArray[np.uint8] | list[Path]
+    pictures: NDArray[np.uint8] | Files
     labels: NDArray[np.int64]
 
     def take(self, indices: NDArray[np.int64]) -> Part:
@@ -59,8 +83,11 @@ class Part:
         hasher = hashlib.sha256(self.labels.astype("<i8").tobytes())
         if isinstance(self.pictures, list):
             for path in self.pictures:
-                name = path.relative_to(root) if root and path.is_relative_to(root) else path
-                hasher.update(f"{name.as_posix()}\0{_size(path)}\0".encode())
+                if isinstance(path, Entry):
+                    name = path.name
+                else:
+                    name = (path.relative_to(root) if root and path.is_relative_to(root) else path).as_posix()
+                hasher.update(f"{name}\0{_size(path)}\0".encode())
         else:
             hasher.update(repr(self.pictures.shape).encode())
             hasher.update(np.ascontiguousarray(self.pictures).data)
@@ -225,16 +252,17 @@ def verified(source: Source) -> Source:
         return source
     key = hashlib.sha256()
     for path in files:
-        key.update(f"{path.absolute()}\0{_size(path)}\0{_changed(path)}\0".encode(errors="surrogateescape"))
+        place = path if isinstance(path, Entry) else path.absolute()
+        key.update(f"{place}\0{_size(path)}\0{_changed(path)}\0".encode(errors="surrogateescape"))
     cache = fashion_mnist.cache_directory() / "verified" / f"{key.hexdigest()}.json"
-    reasons = _cached(cache)
+    reasons = cached(cache)
     if reasons is None:
         if len(files) > PATIENCE:
             print(f"decoding {len(files)} pictures once to find unreadable ones", file=sys.stderr)
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
             verdicts = pool.map(fault, files, chunksize=32)
             reasons = {str(path): reason for path, reason in zip(files, verdicts, strict=True) if reason}
-        _store(cache, reasons)
+        store(cache, reasons)
     parts: dict[Split, Part] = {}
     for split, part in source.parts.items():
         good = np.array([i for i, path in enumerate(part.pictures) if str(path) not in reasons], np.int64)
@@ -243,10 +271,10 @@ def verified(source: Source) -> Source:
     return Source(source.name, source.classes, parts, source.skipped + bad)
 
 
-def fault(path: Path) -> str | None:
+def fault(path: Path | Entry) -> str | None:
     """Why a file is no picture that the runtime decodes, in a few words; None for a good one."""
     try:
-        if path.exists() and not path.is_file():
+        if isinstance(path, Path) and path.exists() and not path.is_file():
             return "not a regular file"
         open_file(path)
     except FileNotFoundError:
@@ -258,11 +286,13 @@ def fault(path: Path) -> str | None:
     return None
 
 
-def open_file(path: Path) -> Image.Image:
-    """Decode a picture file as serving would: RGB, upright, in its own size.
+def open_file(path: Path | Entry) -> Image.Image:
+    """Decode a picture as serving would: RGB, upright, in its own size.
 
     Raises: InvalidPicture, OSError.
     """
+    if isinstance(path, Entry):
+        return open_picture(path.read())
     with path.open("rb") as file:
         return open_picture(file.read(DEFAULT_LIMITS.max_bytes + 1))
 
@@ -317,21 +347,26 @@ def _files(directory: Path) -> list[Path]:
     return found
 
 
-def _size(path: Path) -> int:
+def _size(path: Path | Entry) -> int:
+    if isinstance(path, Entry):
+        return path.size
     try:
         return path.stat().st_size
     except OSError:
         return -1
 
 
-def _changed(path: Path) -> int:
+def _changed(path: Path | Entry) -> int:
+    if isinstance(path, Entry):
+        return path.changed
     try:
         return path.stat().st_mtime_ns
     except OSError:
         return -1
 
 
-def _cached(path: Path) -> dict[str, str] | None:
+def cached(path: Path) -> dict[str, Any] | None:
+    """A JSON object that was stored, or None."""
     try:
         document = json.loads(path.read_text(encoding="utf-8", errors="surrogateescape"))
     except (OSError, ValueError):
@@ -339,11 +374,12 @@ def _cached(path: Path) -> dict[str, str] | None:
     return document if isinstance(document, dict) else None
 
 
-def _store(path: Path, reasons: dict[str, str]) -> None:
+def store(path: Path, document: dict[str, Any]) -> None:
+    """Keep a JSON object in the cache directory, where that can be written."""
     scratch = path.with_suffix(f".{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        scratch.write_text(json.dumps(reasons), encoding="utf-8", errors="surrogateescape")
+        scratch.write_text(json.dumps(document), encoding="utf-8", errors="surrogateescape")
         scratch.replace(path)
     except OSError:
         # The cache only saves time: a read-only home is no reason to stop.
