@@ -143,6 +143,7 @@ def calibrated(
             source.pictures,
             source.dropout,
             limit=limit,
+            spec=source.calibration,
             router=router,
             progress=lambda done, total: progress.update(task, completed=done, total=total),
         )

@@ -162,12 +162,15 @@ def paper(fold: Fold) -> tuple[str, str]:
     clean, robust, combined = (fold.place(name) for name in ("clean", "robust", "combined"))
     divergence = fold.symmetric_divergence(clean, robust)
     agree = fold.op("LessOrEqual", divergence, fold.constant(rule.divergence_threshold))
-    relative = [
-        fold.op("Div", fold.exact("predictive_entropy", k), fold.constant(rule.entropy_scale[name]))
-        for name, k in (("clean", clean), ("robust", robust))
-    ]
-    surer = fold.op("LessOrEqual", *relative)
-    surest = fold.op("Where", surer, fold.integers(clean), fold.integers(robust))
+    relative = {
+        head: fold.op("Div", fold.exact(rule.uncertainty, fold.place(head)), fold.constant(rule.entropy_scale[head]))
+        for head in rule.among
+    }
+    surest, least = fold.integers(fold.place(rule.among[0])), relative[rule.among[0]]
+    for head in rule.among[1:]:
+        surer = fold.op("LessOrEqual", least, relative[head])
+        surest = fold.op("Where", surer, surest, fold.integers(fold.place(head)))
+        least = fold.op("Where", surer, least, relative[head])
     head = fold.op("Where", agree, fold.integers(combined), surest)
     return fold.chosen(head), head
 

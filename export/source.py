@@ -20,6 +20,7 @@ from trivium.train.checkpoint import load_student
 from trivium.train.data.pictures import Pictures, load_described
 from trivium.train.models.backbone import wrap_timm
 from trivium.train.models.mc import Heads
+from trivium.train.sections import CalibrationSpec
 
 from .labels import imagenet_labels, read_labels
 
@@ -42,6 +43,8 @@ class Source:
     training: dict[str, Any] = field(default_factory=dict)
     pictures: Pictures | None = None
     """The checkpoint's calibration split; None where nothing is to be calibrated."""
+    calibration: CalibrationSpec = field(default_factory=CalibrationSpec)
+    """The recipe's."""
     unrounded: NDArray[np.float32] | None = None
     """[K, C, D]: the heads' weights before they were rounded to bfloat16; None where they were not."""
 
@@ -79,6 +82,7 @@ def checkpoint_source(
         provenance=provenance,
         training=training,
         pictures=pictures,
+        calibration=CalibrationSpec.model_validate(meta.recipe.get("calibration", {})),
         unrounded=unrounded,
     )
 

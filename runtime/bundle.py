@@ -81,11 +81,14 @@ class PaperRule(Strict):
     divergence_threshold: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     """delta in nats: a percentile of the symmetrised KL between clean and robust on clean calibration pictures."""
     entropy_scale: dict[str, Positive]
-    """Mean predictive entropy in nats of each head on its own calibration domain; divides the head's entropy."""
+    """Mean uncertainty in nats of each head on its own calibration domain, or 1; divides the head's uncertainty."""
+    uncertainty: Literal["predictive_entropy", "mutual_information"] = "predictive_entropy"
+    among: Annotated[list[Literal["clean", "robust", "combined"]], Field(min_length=2)] = ["clean", "robust"]
+    """Heads of which the surest answers where they disagree, the first of equals."""
 
     @model_validator(mode="after")
-    def _has_both(self) -> PaperRule:
-        if missing := {"clean", "robust"} - set(self.entropy_scale):
+    def _has_all(self) -> PaperRule:
+        if missing := set(self.among) - set(self.entropy_scale):
             raise ValueError(f"entropy_scale lacks {', '.join(sorted(missing))}")
         return self
 

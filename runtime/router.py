@@ -192,18 +192,19 @@ def _paper(statistics: HeadStatistics, manifest: Manifest) -> Choice:
     """Heads that agree answer together, else the relatively surest of clean and robust answers.
 
     A reconstruction of the selection of "Efficiently Robustify Pre-trained Models" (ICCV 2023): symmetrised KL of
-    clean and robust up to delta -> combined; else the least of predictive entropy / its calibration mean, clean first.
+    clean and robust up to delta -> combined; else the least of uncertainty / its calibration mean, the first of equals.
     """
     rule = manifest.router.paper
     assert rule is not None
     clean, robust, combined = (manifest.heads.index(name) for name in ("clean", "robust", "combined"))
     agree = symmetric_divergence(statistics, clean, robust) <= rule.divergence_threshold
-    entropy = statistics.predictive_entropy.astype(np.float64)
-    surest = np.where(
-        entropy[:, clean] / rule.entropy_scale["clean"] <= entropy[:, robust] / rule.entropy_scale["robust"],
-        clean,
-        robust,
-    )
+    uncertainty: Floats = getattr(statistics, rule.uncertainty).astype(np.float64)
+    places = [manifest.heads.index(head) for head in rule.among]
+    relative = [uncertainty[:, k] / rule.entropy_scale[head] for k, head in zip(places, rule.among, strict=True)]
+    surest, least = np.full(len(uncertainty), places[0]), relative[0]
+    for k, own in zip(places[1:], relative[1:], strict=True):
+        surer = least <= own
+        surest, least = np.where(surer, surest, k), np.where(surer, least, own)
     return _single(np.where(agree, combined, surest), manifest)
 
 

@@ -49,6 +49,8 @@ METHODS: dict[str, Callable[[Run, Student, Classifier | None, str], None]] = {"s
 fingerprint of all that these came from."""
 MODEL = "model.safetensors"
 STAGE = "stage.json"
+ORIGINAL = "original"
+"""As a head's source: the original of this run."""
 CHECKED = 5000
 """Calibration pictures, at most, that the teacher's check looks at."""
 
@@ -111,7 +113,7 @@ class Run:
             if recipe.preflight != "off":
                 self._preflight(original, teacher, fingerprint(original_print, teacher_print))
         student = self._student(original)
-        sources = {head: source_of(path) for head, path in recipe.heads.sources.items()}
+        sources = {head: path if path == ORIGINAL else source_of(path) for head, path in recipe.heads.sources.items()}
         heads = recipe.heads.model_dump(exclude={"sources"})
         METHODS[recipe.method](self, student, teacher, fingerprint(original_print, teacher_print, heads, sources))
         meta = CheckpointMeta(
@@ -196,6 +198,9 @@ class Run:
         heads = self.recipe.heads
         student = Student(original, heads.names, heads.depth, heads.tail, heads.dropout.rate, heads.freeze_norm)
         for name, path in heads.sources.items():
+            if path == ORIGINAL:
+                student.take_over(name, original)
+                continue
             source, meta = load_classifier(path)
             if meta.classes != self.feed.classes:
                 raise ConfigError(f"heads.sources.{name}: {path} was trained for other classes than those of the data")

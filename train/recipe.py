@@ -17,7 +17,7 @@ from .data.pictures import DataSpec
 from .distributed import Parallel
 from .methods.robustify import Distillation
 from .methods.teacher import Teacher
-from .sections import Count, Heads, Input, Model, Section
+from .sections import CalibrationSpec, Count, Heads, Input, Model, Section
 from .shifts.views import CleanSpec, ShiftSpec
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -49,6 +49,7 @@ class Recipe(Section):
     preflight: Literal["refuse", "warn", "off"] = "refuse"
     """Where the teacher is no better than the original on shifted pictures it did not learn."""
     heads: Heads = Heads()
+    calibration: CalibrationSpec = CalibrationSpec()
     student: Distillation | None = None
     """A method: heads distilled from the original and the teacher."""
 
@@ -62,6 +63,15 @@ class Recipe(Section):
         given = [name for name in METHODS if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError(f"give one method out of {', '.join(METHODS)}; there are {', '.join(given) or 'none'}")
+        return self
+
+    @model_validator(mode="after")
+    def _detached(self) -> Recipe:
+        if self.student is not None and self.student.detach_clean and self.heads.tail != "shared":
+            raise ValueError(
+                "student.detach_clean is for heads.tail: shared; a clean head that is the original: "
+                "heads.sources.clean: original"
+            )
         return self
 
 

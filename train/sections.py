@@ -13,6 +13,7 @@ from .models.student import Tail
 Count = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(gt=0, lt=1)]
 Triple = tuple[float, float, float]
 Head = Annotated[str, Field(pattern=r"^(clean|robust|combined)(-[1-9])?$")]
 """What a head is for, and a number where several have the same role; each of those draws shifted views of its own."""
@@ -80,6 +81,23 @@ class Model(Section):
         return self
 
 
+class CalibrationSpec(Section):
+    """How temperatures and routing rules are fitted when a student is exported."""
+
+    temperatures: bool = True
+    """One a head; else all are 1."""
+    clean_share: Share = 0.5
+    """Weight of clean views in the mixture on which routers are judged."""
+    agreement: Share = 0.95
+    """paper: quantile of the clean-robust divergence on clean pictures up to which the heads count as agreeing."""
+    uncertainty: Literal["predictive_entropy", "mutual_information"] = "predictive_entropy"
+    """paper: by which the surest head answers where they disagree."""
+    normalised: bool = True
+    """paper: each head's uncertainty as a multiple of its mean on its own domain."""
+    among: Literal["two", "three"] = "two"
+    """paper: the surest of clean and robust, or of all three."""
+
+
 class Heads(Section):
     """The student's heads."""
 
@@ -92,7 +110,8 @@ class Heads(Section):
     """Batch norms of the tuned stages keep the original's statistics."""
     dropout: Dropout = Dropout(rate=0.5, passes=32, seed=0)
     sources: dict[str, str] = {}
-    """Head -> a run's directory (RUN or RUN#HEAD) whose classifier it takes over as it is; it is not trained here."""
+    """Head -> a run's directory (RUN or RUN#HEAD) whose classifier it takes over as it is, or `original`, which makes
+    it the original exactly; it is not trained here."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Heads:

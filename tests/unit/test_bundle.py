@@ -255,6 +255,11 @@ EDITS: dict[str, tuple[Edit, str]] = {
         "no JSON number",
     ),
     "gate with a scale of zero": (lambda d: d["router"].update(gate=gate(score={"scale": 0})), "greater than 0"),
+    "paper among one": (lambda d: d["router"]["paper"].update(among=["clean"]), r"router\.paper\.among: "),
+    "paper among three without a scale": (
+        lambda d: d["router"]["paper"].update(among=["clean", "robust", "combined"]),
+        "entropy_scale lacks combined",
+    ),
     "zero scale": (lambda d: d["router"]["paper"]["entropy_scale"].update(clean=0), "greater than 0"),
     "std of zero": (lambda d: d["preprocessing"].update(std=[1, 0, 1]), r"preprocessing\.std\.1: "),
     "picture of no height": (lambda d: d["preprocessing"].update(height=0), r"preprocessing\.height: "),

@@ -12,6 +12,7 @@ from trivium.train.calibration import calibrate, comparison
 from trivium.train.calibration.comparison import Candidate, choose_router, compare_routers, provisional
 from trivium.train.calibration.observe import Observations
 from trivium.train.evaluation.metrics import Interval
+from trivium.train.sections import CalibrationSpec
 
 HEADS = ["clean", "robust", "combined"]
 PREPROCESSING = Preprocessing(height=28, width=28, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
@@ -100,6 +101,21 @@ def test_paper_rule_is_the_quantile_and_the_means_of_own_domains() -> None:
     assert rule.entropy_scale["combined"] == pytest.approx(entropy[:, 2].mean())
     divergence = symmetric_divergence(observed.take(observed.clean).statistics, 0, 1)
     assert (divergence <= rule.divergence_threshold).mean() >= 0.95
+
+
+def test_paper_rule_by_the_recipe() -> None:
+    observed = observations({"clean": (0.9, 0.5), "robust": (0.8, 0.8), "combined": (0.9, 0.8)})
+    spec = CalibrationSpec(agreement=0.5, uncertainty="mutual_information", among="three")
+    rule = calibrate.fit_paper(observed, HEADS, spec)
+    information = observed.statistics.mutual_information
+    assert rule.among == HEADS
+    assert rule.entropy_scale["clean"] == pytest.approx(information[observed.clean, 0].mean())
+    assert rule.entropy_scale["combined"] == pytest.approx(information[:, 2].mean())
+    divergence = symmetric_divergence(observed.take(observed.clean).statistics, 0, 1)
+    assert rule.divergence_threshold == pytest.approx(np.median(divergence))
+    plain = calibrate.fit_paper(observed, HEADS, CalibrationSpec(normalised=False))
+    assert set(plain.entropy_scale.values()) == {1.0}
+    assert plain.uncertainty == "predictive_entropy"
 
 
 def test_blend_rule_finds_the_shift_at_the_false_alarm_rate() -> None:

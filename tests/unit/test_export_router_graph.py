@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -51,7 +52,7 @@ PART = {"intercept": {"robust": 0.0, "combined": 0.0}, "features": [
 """A gate between two of the heads by a score of the third, which meets its tie exactly."""
 
 
-def manifest_of(router: str, gate: Any = GATE, **blend: Any) -> Manifest:
+def manifest_of(router: str, gate: Any = GATE, paper: Any = MappingProxyType({}), **blend: Any) -> Manifest:
     rule = {
         "weights": {"divergence": 1.0, "mutual_information": 0.5, "energy": 0.25},
         "center": {"divergence": -1.0, "mutual_information": 0.2, "energy": -10.5},
@@ -68,7 +69,7 @@ def manifest_of(router: str, gate: Any = GATE, **blend: Any) -> Manifest:
             "dropout": {"rate": 0.5, "passes": 4, "seed": 0},
             "router": {
                 "default": router,
-                "paper": {"divergence_threshold": 0.4, "entropy_scale": {"clean": 0.5, "robust": 0.75}},
+                "paper": {"divergence_threshold": 0.4, "entropy_scale": {"clean": 0.5, "robust": 0.75}} | paper,
                 "blend": rule | blend,
                 "gate": gate,
             },
@@ -120,6 +121,15 @@ GRAPHS = {router: (manifest_of(router), both(graph_of(manifest_of(router)))) for
 PLAIN = {"weights": FLAT, "center": dict.fromkeys(FLAT, 0.0), "scale": dict.fromkeys(FLAT, 1.0), "intercept": 0.0}
 TIED = manifest_of("blend", **PLAIN)
 GRAPHS["blend, tied"] = (TIED, both(graph_of(TIED)))
+THREE = manifest_of(
+    "paper",
+    paper={
+        "uncertainty": "mutual_information",
+        "among": list(HEADS),
+        "entropy_scale": {"clean": 0.5, "robust": 0.75, "combined": 0.5},
+    },
+)
+GRAPHS["paper, among three"] = (THREE, both(graph_of(THREE)))
 PARTIAL = manifest_of("gate", PART)
 GRAPHS["gate, of two heads"] = (PARTIAL, both(graph_of(PARTIAL)))
 

@@ -15,6 +15,7 @@ from trivium.train.calibration.observe import Observer
 from trivium.train.data.pictures import DataSpec, Pictures, load_pictures
 from trivium.train.models.backbone import create, split
 from trivium.train.models.student import Student
+from trivium.train.sections import CalibrationSpec
 
 PREPROCESSING = Preprocessing(height=8, width=8, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
 DROPOUT = Dropout(rate=0.5, passes=16, seed=3)
@@ -134,7 +135,7 @@ def test_temperatures_lower_the_likelihood_loss(model: Ridge, pictures: Pictures
         return float(-np.log(p[np.arange(len(p)), pictures.labels]).mean())
 
     assert loss(record.temperature["clean"]) < loss(1.0)
-    _, plain = calibrate.calibrate(model, pictures, DROPOUT, limit=60, temperatures=False)
+    _, plain = calibrate.calibrate(model, pictures, DROPOUT, limit=60, spec=CalibrationSpec(temperatures=False))
     assert set(plain.temperature.values()) == {1.0}
 
 

@@ -119,6 +119,20 @@ def test_paper() -> None:
     assert answer(statistics((0.5, 1.0, 0.1), (0.5, 0.5)), m, "paper")[0] == "clean"
 
 
+def test_paper_by_mutual_information_and_among_three() -> None:
+    apart = (0.5, 0.5)
+    m = manifest(paper=PAPER | {"uncertainty": "mutual_information"})
+    # 0.2 / 0.5 < 9 / 1, then 6 / 0.5 > 9 / 1
+    assert answer(statistics((0.5, 0.1, 0.1), apart, 0.2), m, "paper")[0] == "clean"
+    assert answer(statistics((0.5, 0.1, 0.1), apart, 6.0), m, "paper")[0] == "robust"
+    three = {"among": ["clean", "robust", "combined"], "entropy_scale": {"clean": 0.5, "robust": 1.0, "combined": 2.0}}
+    m = manifest(paper=PAPER | three)
+    assert answer(statistics((0.5, 0.9, 1.5), apart), m, "paper")[0] == "combined"
+    assert answer(statistics((0.5, 0.9, 1.9), apart), m, "paper")[0] == "robust"
+    assert answer(statistics((0.25, 0.5, 1.0), apart), m, "paper")[0] == "clean"
+    assert answer(statistics((0.5, 0.5, 1.0), apart), m, "paper")[0] == "robust"
+
+
 def test_shift_features_and_probability() -> None:
     stats = statistics(divergence=(0.1, 0.3), information=0.05, energy=-1.0)
     assert symmetric_divergence(stats, 0, 1) == pytest.approx([0.2])

@@ -122,6 +122,30 @@ def test_runs_start_from_runs(folder: Path, tmp_path: Path) -> None:
         quietly(recipe(folder, **plain | other), tmp_path / "wrong")
 
 
+def test_a_clean_head_may_be_the_original_itself(folder: Path, tmp_path: Path) -> None:
+    heads = {"names": ["clean", "combined"], "depth": 2, "sources": {"clean": "original"}}
+    quietly(recipe(folder, teacher=None, heads=heads), tmp_path / "run")
+    student, meta = load_student(tmp_path / "run")
+    x = torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(student(x)[:, 0], student.original_logits(x))
+        assert not torch.allclose(student(x)[:, 1], student.original_logits(x))
+    assert meta.recipe["heads"]["sources"] == {"clean": "original"}
+
+
+def test_the_clean_loss_may_leave_the_shared_stages_alone(folder: Path, tmp_path: Path) -> None:
+    for detach in (True, False):
+        settings = {"schedule": {"epochs": 1, "batch": 8, "lr": 0.01}, "detach_clean": detach}
+        heads = {"names": ["clean"], "depth": 2, "tail": "shared"}
+        out = tmp_path / str(detach)
+        quietly(recipe(folder, teacher=None, student=settings, heads=heads), out)
+        student, _ = load_student(out)
+        before = dict(student.original_tail.named_parameters())
+        moved = [not torch.equal(p, before[name]) for name, p in student.branches[0].named_parameters()]
+        assert any(moved) != detach
+        assert not torch.equal(student.head_weights()[0][0], student.original_head.state_dict()["weight"])
+
+
 def test_a_head_from_elsewhere_must_share_the_frozen_stages(folder: Path, tmp_path: Path) -> None:
     schedule = {"epochs": 1, "batch": 8, "lr": 0.01}
     plain = {"student": {"schedule": schedule}, "teacher": None}

@@ -92,6 +92,7 @@ def test_sources_name_heads_that_are_there_and_leave_one_to_train():
         (["heads.sources={robust: run}", "heads.tail=shared"], "needs tail: copied"),
         (["heads.names=[robust]", "heads.sources={robust: run}"], "no head is left to train"),
         (["heads.names=[loud]"], "heads.names"),
+        (["student.detach_clean=true"], r"student.detach_clean is for heads.tail: shared"),
     ):
         with pytest.raises(ConfigError, match=reason):
             load_recipe("demo", settings)

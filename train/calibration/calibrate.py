@@ -22,6 +22,7 @@ from trivium.runtime.router import SHIFT_FEATURES, routers, shift_features, symm
 
 from ..data.pictures import Pictures
 from ..models.mc import Heads
+from ..sections import CalibrationSpec
 from ..shifts.corruptions import CALIBRATION_CORRUPTIONS, SEVERITIES, corrupt
 from ..shifts.views import Shifts, ShiftSpec
 from .comparison import choose_router, compare_routers, provisional
@@ -39,8 +40,7 @@ SHIFTS = {
 }
 """Augmented views beside the corruptions: these four alone leave contrast and haze out, where heads differ most."""
 KINDS = (*CALIBRATION_CORRUPTIONS, *SHIFTS)
-AGREEMENT = 0.95
-"""Quantile of the clean-robust divergence on clean pictures up to which the heads count as agreeing."""
+DEFAULT = CalibrationSpec()
 FALSE_ALARMS = 0.10
 """Share of clean pictures that the blend rule may take for shifted."""
 LEAST_ENTROPY = 1e-6
@@ -69,9 +69,8 @@ def calibrate(
     dropout: Dropout,
     *,
     limit: int | None = 5000,
-    clean_share: float = 0.5,
+    spec: CalibrationSpec = DEFAULT,
     seed: int = 0,
-    temperatures: bool = True,
     router: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[RouterSettings, Calibration]:
@@ -84,8 +83,7 @@ def calibrate(
     Args:
         pictures: the calibration split.
         limit: pictures used at most, drawn by seed.
-        clean_share: weight of clean views in the mixture on which routers are judged.
-        temperatures: fit one a head, else 1.
+        spec: how temperatures and rules are fitted.
         router: takes the choice away from the comparison, which is recorded all the same.
         progress: told (pictures done, pictures in all).
 
@@ -101,7 +99,7 @@ def calibrate(
     fit = views.picture < round(FIT_SHARE * len(order))
 
     temperature = dict.fromkeys(heads, 1.0)
-    if temperatures:
+    if spec.temperatures:
         most = max(LEAST_PICTURES, LOGITS_LIMIT // (dropout.passes * len(pictures.classes)))
         for k, head in enumerate(heads):
             rows = np.flatnonzero(fit & domain_of(head, views.kind))[:most]
@@ -109,14 +107,14 @@ def calibrate(
 
     statistics = observer.statistics(views.features, list(temperature.values()))
     observed = Observations(statistics, views.labels, views.original, views.kind, views.picture)
-    settings = fit_rules(observed.take(fit), heads)
+    settings = fit_rules(observed.take(fit), heads, spec)
     trial = provisional(pictures.classes, heads, pictures.preprocessing, dropout, settings)
     judged = observed.take(~fit)
     learned = None
     if len(heads) > 1:
-        gate = learn_gate(observed.take(fit), judged, trial, clean_share, seed)
+        gate = learn_gate(observed.take(fit), judged, trial, spec.clean_share, seed)
         trial, learned = with_gate(trial, gate.rule), gate.answers
-    null, candidates = compare_routers(judged, trial, clean_share, seed, learned)
+    null, candidates = compare_routers(judged, trial, spec.clean_share, seed, learned)
     chosen, why = choose_router(null, candidates)
     if router is not None:
         if router not in routers(trial):
@@ -124,7 +122,7 @@ def calibrate(
         chosen, why = router, f"asked for; the comparison would have taken {chosen}: {why}"
     return trial.router.model_copy(update={"default": chosen}), Calibration(
         temperature={head: round(value, 6) for head, value in temperature.items()},
-        mixture=mixture(judged, clean_share),
+        mixture=mixture(judged, spec.clean_share),
         pictures=len(order),
         data=describe(pictures),
         seed=seed,
@@ -203,18 +201,22 @@ def fit_temperature(logits: ArrayLike, labels: ArrayLike) -> float:
     return float(np.exp(found.x))
 
 
-def fit_paper(observed: Observations, heads: Sequence[str]) -> PaperRule:
-    """delta and the entropy scales of the paper's rule: the 95th percentile of the symmetrised KL between clean and
-    robust on clean pictures, and each head's mean predictive entropy in nats on its own domain."""
+def fit_paper(observed: Observations, heads: Sequence[str], spec: CalibrationSpec = DEFAULT) -> PaperRule:
+    """delta and the scales of the paper's rule: a quantile, the 95th percentile unless told otherwise, of the
+    symmetrised KL between clean and robust on clean pictures, and each head's mean uncertainty in nats on its own
+    domain."""
     clean = observed.take(observed.clean).statistics
     divergence = symmetric_divergence(clean, heads.index("clean"), heads.index("robust"))
-    entropy = {
-        head: float(observed.statistics.predictive_entropy[domain_of(head, observed.kind), k].mean())
-        for k, head in enumerate(heads)
-    }
+    uncertainty = getattr(observed.statistics, spec.uncertainty)
+    scale = dict.fromkeys(heads, 1.0)
+    if spec.normalised:
+        own = {head: float(uncertainty[domain_of(head, observed.kind), k].mean()) for k, head in enumerate(heads)}
+        scale = {head: max(value, LEAST_ENTROPY) for head, value in own.items()}
     return PaperRule(
-        divergence_threshold=float(np.quantile(divergence, AGREEMENT)),
-        entropy_scale={head: max(value, LEAST_ENTROPY) for head, value in entropy.items()},
+        divergence_threshold=float(np.quantile(divergence, spec.agreement)),
+        entropy_scale=scale,
+        uncertainty=spec.uncertainty,
+        among=["clean", "robust"] if spec.among == "two" else ["clean", "robust", "combined"],
     )
 
 
@@ -239,11 +241,12 @@ def fit_blend(observed: Observations, heads: Sequence[str]) -> BlendRule:
     )
 
 
-def fit_rules(observed: Observations, heads: Sequence[str]) -> RouterSettings:
+def fit_rules(observed: Observations, heads: Sequence[str], spec: CalibrationSpec = DEFAULT) -> RouterSettings:
     """The numbers of those rules that a model with these heads can follow; its default is still to be chosen."""
     if not {"clean", "robust", "combined"} <= set(heads):
         return RouterSettings(default=heads[0])
-    return RouterSettings(default="combined", paper=fit_paper(observed, heads), blend=fit_blend(observed, heads))
+    paper, blend = fit_paper(observed, heads, spec), fit_blend(observed, heads)
+    return RouterSettings(default="combined", paper=paper, blend=blend)
 
 
 def domain_of(head: str, kind: NDArray[np.str_]) -> NDArray[np.bool_]:

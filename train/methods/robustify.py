@@ -33,6 +33,8 @@ class Distillation(Section):
     """Weight of the teacher's answer; none is the ablation w = 1."""
     teacher_passes: Count = 16
     """Dropout passes of the teacher, for mutual_information."""
+    detach_clean: bool = False
+    """L_c reaches the clean head's final layer alone, not the stages that all heads share."""
     tail_lr: Rate = 1.0
     """Learning rate of the tuned stages as a multiple of the heads'."""
 
@@ -88,7 +90,8 @@ def student_objective(feed: Feed, student: Student, teacher: Classifier | None, 
                     taught, weight = _taught(teacher, shifted, settings, student.dropout_rate)
                 met.add(role)
                 if role == "clean":
-                    logits = student.logits(index, student.branch(index, z))
+                    features = student.branch(index, z)
+                    logits = student.logits(index, features.detach() if settings.detach_clean else features)
                     losses[name] = clean_loss(logits, labels, original, settings.tau, settings.alpha)
                 elif role == "robust":
                     logits = student.logits(index, student.branch(index, z_shifted))
