@@ -18,9 +18,9 @@ from trivium.runtime.bundle import Preprocessing
 from trivium.runtime.errors import ConfigError
 
 from .data.pictures import Pictures, load_described, load_pictures, parse_spec
-from .data.shift_sets import ShiftSet, open_shift
+from .data.shift_sets import ShiftSet, beside, open_shift
 from .evaluation.evaluate import evaluate
-from .evaluation.gallery import gallery
+from .evaluation.gallery import album, gallery
 from .evaluation.report import write_report
 from .evaluation.results import Difference, MeanCorruptionError, Results, Two, write_csv, write_results
 from .evaluation.subject import Subject, open_subject
@@ -41,7 +41,7 @@ def main() -> None:
         subject: Subject = open_subject(given.model, progress=progress)
     original: Subject | None = open_subject(given.original, as_original=True) if given.original else None
     pictures = test_pictures(given.data, subject, original, console)
-    sets = shift_sets(given, subject)
+    sets = shift_sets(given, subject, pictures)
     outside = {name: load_pictures(parse_spec(name), "test", subject.manifest.preprocessing) for name in given.ood}
     with bar(console, "asking") as progress:
         results, _ = evaluate(
@@ -63,7 +63,9 @@ def main() -> None:
         out.mkdir(parents=True, exist_ok=True)
         write_results(results, out / RESULTS)
         write_csv(results, out / TABLE)
-        write_report(results, gallery(subject, pictures, chosen, seed=given.seed), out / REPORT)
+        shown = gallery(subject, pictures, chosen, seed=given.seed)
+        same = album(subject, pictures, {each.name: each.pictures for each in sets}, seed=given.seed)
+        write_report(results, shown, out / REPORT, same)
     except OSError as error:
         raise ConfigError(f"--out {out}: {error.strerror}") from None
     show(results, console)
@@ -101,7 +103,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--shift", nargs="+", action="extend", default=[], metavar="NAME=PATH",
         help="a shift set: class folders or a .csv manifest of any name, or imagenet-c, -r, -a, -sketch, -v2 or "
-        "objectnet as distributed; classes are matched by name, WordNet id or index",
+        "objectnet as distributed; classes are matched by name, WordNet id or index (default: what the data brings "
+        "with it in its folder shifts)",
     )  # fmt: skip
     p.add_argument(
         "--mapping", type=Path, metavar="FILE", help="ObjectNet's JSON of its classes to ImageNet's, if not beside it"
@@ -119,8 +122,8 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def shift_sets(given: argparse.Namespace, subject: Subject) -> list[ShiftSet]:
-    """The sets of --shift.
+def shift_sets(given: argparse.Namespace, subject: Subject, pictures: Pictures) -> list[ShiftSet]:
+    """The sets of --shift, or else those that the data brings with it.
 
     Raises: ConfigError, as open_shift does, and where two have one name.
     """
@@ -133,7 +136,7 @@ def shift_sets(given: argparse.Namespace, subject: Subject) -> list[ShiftSet]:
             count=given.pictures,
             seed=given.seed,
         )
-        for text in given.shift
+        for text in given.shift or beside(pictures)
     ]
     names = [each.name for each in sets]
     if twice := [name for i, name in enumerate(names) if name in names[:i]]:

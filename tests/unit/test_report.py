@@ -12,8 +12,9 @@ from PIL import Image
 
 from trivium.runtime.bundle import Calibration
 from trivium.train.data.pictures import DataSpec, load_pictures
+from trivium.train.data.shift_sets import beside, open_shift
 from trivium.train.evaluation.evaluate import evaluate
-from trivium.train.evaluation.gallery import LARGEST, data_uri, gallery
+from trivium.train.evaluation.gallery import LARGEST, Album, album, data_uri, gallery
 from trivium.train.evaluation.report import heat, percent, render, signed, styles, write_report
 from trivium.train.evaluation.results import Results
 from trivium.train.evaluation.subject import BundleSubject
@@ -72,6 +73,68 @@ def made(tmp_path_factory: pytest.TempPathFactory, tiny_bundle: Path, some_pictu
     costs = {"student": {"cpu_seconds": 1234.5, "wall_seconds": 700.0}}
     results = results.model_copy(update={"calibration": record, "costs": costs})
     return results, gallery(subject, pictures, range(len(pictures)), rows=3)
+
+
+@pytest.fixture(scope="module")
+def same_things(tmp_path_factory: pytest.TempPathFactory, tiny_bundle: Path, some_pictures: np.ndarray) -> Album:
+    """Eight things of the test, class 0's two in one style more than the others'; two sets, one of them without half
+    of the things."""
+    root = tmp_path_factory.mktemp("renditions")
+
+    def write(place: str, shade: int) -> None:
+        path = root / place
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (28, 28), (shade, 0, 0)).save(path)
+
+    for i in range(4):
+        for split in ("train", "val"):
+            write(f"{split}/class {i}/0.png", 0)
+        for thing in ("cup", "kin.man-cook"):
+            write(f"test/class {i}/{thing}.oil.png", 10 * i)
+            write(f"shifts/ink/class {i}/{thing}.pen.png", 10 * i + 1)
+            if i < 2:
+                write(f"shifts/coal/class {i}/{thing}.soot.png", 10 * i + 2)
+            if i == 0:
+                write(f"test/class {i}/{thing}.chalk.png", 10 * i + 3)
+        write(f"shifts/ink/class {i}/never-seen.pen.png", 200)
+        write(f"test/class {i}/only-here.oil.png", 201)
+    subject = BundleSubject(str(tiny_bundle))
+    settings = subject.manifest.preprocessing
+    pictures = load_pictures(DataSpec(kind="imagefolder", root=root), "test", settings)
+    sets = {text.partition("=")[0]: open_shift(text, subject.manifest.classes, settings) for text in beside(pictures)}
+    assert list(sets) == ["coal", "ink"]
+    found = album(subject, pictures, {name: each.pictures for name, each in sets.items()}, things=3)
+    assert found is not None
+    assert album(subject, pictures, {}) is None
+    return found
+
+
+def test_the_album_shows_the_same_things_in_every_style(same_things: Album) -> None:
+    assert [(style.part, style.name) for style in same_things.styles] == [
+        ("test", "chalk"),
+        ("test", "oil"),
+        ("coal", "soot"),
+        ("ink", "pen"),
+    ]
+    assert set(same_things.things) <= {"cup", "man-cook"}
+    truths = [[sample and sample.truth for sample in style.samples] for style in same_things.styles]
+    assert truths[1] == truths[3]
+    assert truths[1][:2] == ["class 0", "class 1"]
+    assert truths[0] == ["class 0", None, None]
+    assert truths[2] == ["class 0", "class 1", None]
+    for row, digit in ((0, 3), (1, 0), (2, 2), (3, 1)):
+        for sample in filter(None, same_things.styles[row].samples):
+            shade = 10 * int(sample.truth.split()[1]) + digit
+            assert sample.picture == data_uri(np.full((32, 32, 3), (shade, 0, 0), np.uint8))
+            assert sample.kind == same_things.styles[row].name
+
+
+def test_the_page_shows_the_album(made, same_things: Album) -> None:  # type: ignore[no-untyped-def]
+    text = " ".join(parsed(render(*made, same_things)).text)
+    assert "The same things in other styles" in text
+    for word in (*(thing.replace("-", " ") for thing in same_things.things), "oil", "soot", "coal"):
+        assert word in text
+    assert "The same things in other styles" not in " ".join(parsed(render(*made)).text)
 
 
 def parsed(text: str) -> Page:
@@ -152,10 +215,12 @@ def test_large_pictures_are_scaled_down_and_small_ones_kept() -> None:
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: apt-get install chromium")
 @pytest.mark.parametrize("width", [1280, 800])
-def test_a_browser_has_nothing_to_complain_about(made, width: int, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_a_browser_has_nothing_to_complain_about(  # type: ignore[no-untyped-def]
+    made, same_things: Album, width: int, tmp_path: Path
+) -> None:
     page, shot = tmp_path / "report.html", tmp_path / "shot.png"
     results, samples = made
-    write_report(results, samples, page)
+    write_report(results, samples, page, same_things)
     # the page reports its own layout: a body wider than the window would scroll sideways
     probe = "<script>console.log('WIDTH', document.documentElement.scrollWidth)</script></body>"
     page.write_text(page.read_text().replace("</body>", probe))

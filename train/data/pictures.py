@@ -127,6 +127,19 @@ class Pictures:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def files(self) -> list[Path] | None:
+        """The files of the pictures, in their order; None where the source is no files."""
+        if not isinstance(self._pictures, list):
+            return None
+        files = [each for each in self._pictures if isinstance(each, Path)]
+        return files if len(files) == len(self) else None
+
+    @property
+    def root(self) -> Path | None:
+        """The directory that the source is read from, where it is one."""
+        return _base(self.spec)
+
     def batch(
         self, indices: Sequence[int] | NDArray[np.int64] | torch.Tensor, generator: torch.Generator | None = None
     ) -> torch.Tensor:

@@ -139,6 +139,12 @@ def open_shift(
     return ShiftSet(name, reader, place, pictures, answers, part.digest(root), _noted(note, source))
 
 
+def beside(pictures: Pictures) -> list[str]:
+    """NAME=PATH of the shift sets that a data set brings with it: the folders of its folder "shifts"."""
+    root = pictures.root / "shifts" if pictures.root is not None else None
+    return [f"{path.name}={path}" for path in _directories(root)] if root is not None and root.is_dir() else []
+
+
 def reader_of(name: str, root: Path) -> str:
     """The reader that a set's name begins with, else the one its tree asks for."""
     for reader, pattern in READERS.items():

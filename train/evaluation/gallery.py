@@ -1,9 +1,11 @@
-"""Sample pictures for the report: a few test pictures, clean and corrupted, with what each head said of them."""
+"""Sample pictures for the report: some test pictures under corruptions, or the same things in other styles, with what
+each head said of them."""
 
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 
@@ -61,6 +63,25 @@ class Sample:
     """Symmetrised KL of clean and robust in nats."""
 
 
+@dataclass(frozen=True)
+class Style:
+    """One style of the album."""
+
+    name: str
+    part: str
+    """test, or the shift set that the style's pictures are from."""
+    samples: list[Sample | None]
+    """Of each of the album's things; None where the style has none."""
+
+
+@dataclass(frozen=True)
+class Album:
+    """The same things in several styles."""
+
+    things: list[str]
+    styles: list[Style]
+
+
 def gallery(
     subject: Subject, pictures: Pictures, chosen: Sequence[int] | NDArray[np.intp], *, rows: int = 6, seed: int = 0
 ) -> list[list[Sample]]:
@@ -78,6 +99,42 @@ def gallery(
         for kind, severity in KINDS
     ]
     return [list(row) for row in zip(*columns, strict=True)]
+
+
+def album(
+    subject: Subject, pictures: Pictures, sets: Mapping[str, Pictures], *, things: int = 6, seed: int = 0
+) -> Album | None:
+    """Up to `things` things of different classes, each in every style of the test pictures and of the shift sets; None
+    where the sets show none of the test's things.
+
+    A picture's file says what it shows: CLASS/THING.STYLE.SUFFIX. Things that most styles show come first; among them
+    the seed decides.
+    """
+    parts = {"test": pictures, **sets}
+    drawn: dict[tuple[str, str], dict[tuple[str, str], int]] = defaultdict(dict)
+    for part, each in parts.items():
+        for index, file in enumerate(each.files or ()):
+            thing, _, style = file.stem.rpartition(".")
+            if thing:
+                drawn[file.parent.name, thing][part, style] = index
+    known = sorted(key for key, views in drawn.items() if {"test"} < {part for part, _ in views})
+    if not known:
+        return None
+    order = np.random.Generator(np.random.Philox(seed)).permutation(len(known))
+    first: dict[str, tuple[str, str]] = {}
+    for key in sorted((known[i] for i in order), key=lambda key: -len(drawn[key])):
+        first.setdefault(key[0], key)
+    picked = [drawn[key] for key in list(first.values())[:things]]
+    names = [thing.rpartition(".")[2] for _, thing in list(first.values())[:things]]
+    tests = [next(index for (part, _), index in views.items() if part == "test") for views in picked]
+    labels = labels_for(pictures, subject.manifest.classes)[tests]
+    styles = []
+    for part, style in sorted({view for views in picked for view in views}, key=lambda v: (list(parts).index(v[0]), v)):
+        having = np.array([i for i, views in enumerate(picked) if (part, style) in views])
+        images = parts[part].batch([picked[i][part, style] for i in having]).permute(0, 2, 3, 1).contiguous().numpy()
+        said = dict(zip(having.tolist(), samples(subject, images, labels[having], style, 0), strict=True))
+        styles.append(Style(style, part, [said.get(i) for i in range(len(picked))]))
+    return Album(names, styles)
 
 
 def samples(
