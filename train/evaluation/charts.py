@@ -63,8 +63,8 @@ class Frame:
 
 def swatch(series: Series) -> Markup:
     """The key of a series in a legend."""
-    line = f'<line x1="0" y1="6" x2="26" y2="6" {_stroke(series)}/>'
-    return _svg(26, 12, line + _mark(series, 13, 6, 3.2), "swatch")
+    line = f'<line x1="0" y1="6" x2="26" y2="6" {stroke(series)}/>'
+    return svg(26, 12, line + mark(series, 13, 6, 3.2), "swatch")
 
 
 def severity_lines(lines: Mapping[Series, Sequence[float]], label: str) -> Markup:
@@ -73,11 +73,11 @@ def severity_lines(lines: Mapping[Series, Sequence[float]], label: str) -> Marku
     parts = [frame.grid({s: str(s) for s in range(6)}, {v / 4: f"{25 * v}" for v in range(5)})]
     for series, values in lines.items():
         points = [frame.at(i, value) for i, value in enumerate(values)]
-        parts.append(f'<polyline fill="none" {_stroke(series)} points="{" ".join(f"{x},{y}" for x, y in points)}"/>')
+        parts.append(f'<polyline fill="none" {stroke(series)} points="{" ".join(f"{x},{y}" for x, y in points)}"/>')
         for i, ((x, y), value) in enumerate(zip(points, values, strict=True)):
             title = f"<title>{escape(series.name)}, severity {i}: {100 * value:.1f} %</title>"
-            parts.append(f"<g>{title}{_mark(series, x, y, 2.4)}</g>")
-    return _svg(frame.width, frame.height, "".join(parts), label=label)
+            parts.append(f"<g>{title}{mark(series, x, y, 2.4)}</g>")
+    return svg(frame.width, frame.height, "".join(parts), label=label)
 
 
 def reliability_plot(series: Series, found: Diagrams) -> Markup:
@@ -105,7 +105,7 @@ def reliability_plot(series: Series, found: Diagrams) -> Markup:
                 f'<circle cx="{x}" cy="{y}" r="{radius}" fill="{fill}" stroke="var({series.color})" '
                 f'stroke-width="1.4">{title}</circle>'
             )
-    return _svg(frame.width, frame.height, "".join(parts), label=f"Reliability of {series.name}")
+    return svg(frame.width, frame.height, "".join(parts), label=f"Reliability of {series.name}")
 
 
 def entropy_histogram(name: str, found: Histogram) -> Markup:
@@ -132,7 +132,7 @@ def entropy_histogram(name: str, found: Histogram) -> Markup:
     parts.append(
         f'<text class="tick" x="{middle}" y="{frame.height - 4}" text-anchor="middle">predictive entropy, nats</text>'
     )
-    return _svg(frame.width, frame.height, "".join(parts), label=f"Predictive entropy of {name}")
+    return svg(frame.width, frame.height, "".join(parts), label=f"Predictive entropy of {name}")
 
 
 def share_bars(shares: Mapping[str, Mapping[str, float]], series: Mapping[str, Series], label: str) -> Markup:
@@ -158,21 +158,21 @@ def share_bars(shares: Mapping[str, Mapping[str, float]], series: Mapping[str, S
                     f"{100 * share:.0f} %</text>"
                 )
             x += length
-    return _svg(width, 2 + row * len(shares), "".join(parts), label=label)
+    return svg(width, 2 + row * len(shares), "".join(parts), label=label)
 
 
-def _svg(width: float, height: float, body: str, css: str = "plot", label: str = "") -> Markup:
+def svg(width: float, height: float, body: str, css: str = "plot", label: str = "") -> Markup:
     role = f'role="img" aria-label="{escape(label)}"' if label else 'aria-hidden="true"'
     size = f' width="{width:g}" height="{height:g}"' if css == "swatch" else ""
     return Markup(f'<svg class="{css}" viewBox="0 0 {width:g} {height:g}"{size} {role}>{body}</svg>')
 
 
-def _stroke(series: Series) -> str:
+def stroke(series: Series) -> str:
     dash = f' stroke-dasharray="{series.dash}"' if series.dash else ""
     return f'stroke="var({series.color})" stroke-width="{series.width:g}" stroke-linejoin="round"{dash}'
 
 
-def _mark(series: Series, x: float, y: float, r: float) -> str:
+def mark(series: Series, x: float, y: float, r: float) -> str:
     fill = f'fill="var({series.color})"'
     if series.mark == "square":
         return f'<rect x="{x - r:.1f}" y="{y - r:.1f}" width="{2 * r:g}" height="{2 * r:g}" {fill}/>'

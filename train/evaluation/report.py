@@ -9,7 +9,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from . import charts
 from .charts import MARKS, Series
-from .gallery import Album, Sample
+from .gallery import Sample
 from .results import Results
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -30,18 +30,13 @@ KNOWN = {
 }
 
 
-def write_report(results: Results, samples: Sequence[Sequence[Sample]], path: Path, album: Album | None = None) -> None:
-    """Write the page; samples are rows of one picture under several corruptions (gallery.py)."""
-    path.write_text(render(results, samples, album), encoding="utf-8")
+def write_report(results: Results, samples: Sequence[Sequence[Sample]], path: Path) -> None:
+    """Write the page; samples are rows of one picture under several corruptions (train.gallery)."""
+    path.write_text(render(results, samples), encoding="utf-8")
 
 
-def render(results: Results, samples: Sequence[Sequence[Sample]], album: Album | None = None) -> str:
+def render(results: Results, samples: Sequence[Sequence[Sample]]) -> str:
     """The page as text."""
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
-    )  # fmt: skip
-    environment.filters |= {"percent": percent, "signed": signed, "words": words, "heat": heat}
     style = styles(results)
     drawn = [each.name for each in results.answerers if each.role != "rule" or each.default]
     voices = sorted({label for rule in results.head_share.values() for shares in rule.values() for label in shares})
@@ -52,7 +47,8 @@ def render(results: Results, samples: Sequence[Sequence[Sample]], album: Album |
         )
         for kind, found in results.corruptions.items()
     }
-    return environment.get_template(PAGE).render(
+    page = environment().get_template(PAGE)
+    return page.render(
         r=results,
         default=results.default,
         style=style,
@@ -67,12 +63,21 @@ def render(results: Results, samples: Sequence[Sequence[Sample]], album: Album |
         },
         voices=voices,
         best={
-        album=album,
             key: max((getattr(each, key) or 0.0 for each in results.detection), default=0.0)
             for key in ("shift", "errors_clean", "errors_corrupted")
         },
         samples=samples,
     )
+
+
+def environment() -> Environment:
+    """Where the pages' templates come from, strict and escaping."""
+    found = Environment(
+        loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    found.filters |= {"percent": percent, "signed": signed, "words": words, "heat": heat}
+    return found
 
 
 def styles(results: Results) -> dict[str, Series]:

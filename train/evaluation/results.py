@@ -212,6 +212,33 @@ class Outside(Section):
     """Score -> area under the ROC curve, other things being the positives."""
 
 
+class Attacked(Section):
+    """One answerer under one attack of one radius."""
+
+    answerer: str
+    attack: str
+    """As train.evaluation.adversarial.ATTACKS names them."""
+    eps: float
+    accuracy: float
+
+
+class Attacks(Section):
+    """Accuracy under attack, all on the same pictures."""
+
+    norm: Literal["linf", "l2"]
+    eps: float
+    """The radius that was asked for, in units of pixels in [0, 1]; rows may hold others of a curve."""
+    pictures: int
+    seed: int
+    steps: dict[str, int]
+    """Attack -> gradient steps of an attempt."""
+    clean: dict[str, float]
+    """Answerer -> accuracy on the same pictures, not attacked."""
+    rows: list[Attacked]
+    cpu_seconds: float
+    wall_seconds: float
+
+
 class Results(Section):
     """results.json, schema version 1.
 
@@ -242,6 +269,7 @@ class Results(Section):
     reliability: dict[str, Diagrams]
     entropy: dict[str, Histogram]
     """Head -> its predictive entropy."""
+    attacks: Attacks | None = None
     calibration: Calibration | None
     costs: dict[str, dict[str, Any]]
     """Training stage -> what it took, where the checkpoint or bundle says it."""

@@ -138,7 +138,7 @@ def on_view(
     rows = np.arange(len(tally.labels)) if rows is None else rows
     right, confidence = tally.right(name)[v, rows], tally.confidence[name][v, rows]
     negative = positive = gain = None
-    if ORIGINAL in tally.class_id:
+    if ORIGINAL in tally.class_id and name != ORIGINAL:
         was = tally.right(ORIGINAL)[v, rows]
         negative, positive = short((was & ~right).mean()), short((~was & right).mean())
         gain = difference(by_unit(right.astype(np.float64) - was, units))
