@@ -14,7 +14,7 @@ from trivium.runtime.bundle import Preprocessing
 from trivium.runtime.errors import ConfigError
 
 from .checkpoint import is_run, read_meta
-from .data.pictures import load_pictures
+from .data.pictures import DataSpec, load_pictures
 from .loop import Machine, accuracy, derive
 from .models.backbone import create, preprocessing_of
 from .models.mc import normalise
@@ -60,6 +60,12 @@ class Feed:
         other = recipe.teacher.shifts if recipe.teacher else None
         self.teacher_shifts = Shifts(other, size, mixing, grey) if other else self.shifts
         self._held_out_shifts = Shifts(recipe.shifts, size, derive(recipe.seed, "held-out mixing"), grey)
+
+    def over(self, data: DataSpec) -> Feed:
+        """The same for other pictures, which the model sees normalised alike."""
+        other = Feed(self.recipe.model_copy(update={"data": data}), self.machine)
+        other.preprocessing = self.preprocessing
+        return other
 
     def fetch(self, indices: NDArray[np.int64], generator: torch.Generator) -> Tensor:
         """Training pictures, uint8 [B, 3, H, W]."""

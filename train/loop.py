@@ -182,7 +182,7 @@ def fit(stage: Stage, machine: Machine, watch: Watch) -> tuple[Cost, dict[str, f
                 for step, batch in enumerate(batches):
                     at = (epoch * steps + step) / (schedule.epochs * steps)
                     for group, lr in zip(optimizer.param_groups, base, strict=True):
-                        group["lr"] = lr * rate(at, schedule.warmup)
+                        group["lr"] = lr * rate(at, schedule.warmup, schedule.decay)
                     value, parts = 0.0, dict[str, float]()
                     statistics.begin()
                     for number in mine:
@@ -287,10 +287,13 @@ def make_optimizer(
     return torch.optim.AdamW(rows, lr=schedule.lr)
 
 
-def rate(at: float, warmup: float) -> float:
-    """Share of the learning rate at the share `at` of all steps: linear warm-up, then half a cosine to 0."""
+def rate(at: float, warmup: float, decay: Literal["cosine"] | Sequence[float] = "cosine") -> float:
+    """Share of the learning rate at the share `at` of all steps: linear warm-up, then half a cosine to 0, or a tenth
+    after each share in `decay`."""
     if at < warmup:
         return (at + 1e-3) / (warmup + 1e-3)
+    if decay != "cosine":
+        return math.prod(0.1 for share in decay if at >= share)
     return 0.5 * (1 + math.cos(math.pi * (at - warmup) / (1 - warmup)))
 
 

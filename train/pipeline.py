@@ -34,7 +34,7 @@ from .checkpoint import (
 from .distributed import agreed, once, processes, summed
 from .feed import Feed
 from .loop import Loss, Stage, accuracy, derive, fingerprint, fit, machine
-from .methods import robustify
+from .methods import adversarial, robustify
 from .methods.clean import original_objective
 from .methods.teacher import Preflight, judge, teacher_objective
 from .models.backbone import create, load_weights, read_state
@@ -44,7 +44,10 @@ from .progress import Watch
 from .recipe import Recipe
 from .sections import Model, Schedule
 
-METHODS: dict[str, Callable[[Run, Student, Classifier | None, str], None]] = {"student": robustify.run}
+METHODS: dict[str, Callable[[Run, Student, Classifier | None, str], None]] = {
+    "student": robustify.run,
+    "adversarial": adversarial.run,
+}
 """Section of the recipe -> what trains the heads of a student in place, from the run, the student, the teacher and the
 fingerprint of all that these came from."""
 MODEL = "model.safetensors"
@@ -219,6 +222,8 @@ class Run:
         kept: Callable[[str], bool] = lambda key: True,
         lr_scale: Callable[[str], float] = lambda name: 1.0,
         check: Callable[[], dict[str, float]] = dict,
+        finish: Callable[[], None] = lambda: None,
+        feed: Feed | None = None,
     ) -> None:
         """Fill `model` with the outcome of a stage: read where it was done before, else trained and kept.
 
@@ -228,6 +233,8 @@ class Run:
             settings: JSON-able; the stage is done anew where any of them changes. What the stage builds on must be
                 in it (`upstream`), the data and the machine's precision need not.
             kept, lr_scale, check: see loop.Stage.
+            finish: called when the model is trained and before it is kept.
+            feed: of other pictures than the run's, whose digest must then be in the settings.
 
         Raises: TrainingDiverged.
         """
@@ -237,7 +244,8 @@ class Run:
             model.load_state_dict({**model.state_dict(), **read_state(directory / MODEL)})
             model.eval()
             return
-        cost, figures = self._fit(name, model, schedule, loss(), mark, kept, lr_scale, check)
+        cost, figures = self._fit(name, model, schedule, loss(), mark, kept, lr_scale, check, feed)
+        finish()
         weights = {key: value for key, value in model.state_dict().items() if kept(key)}
         once(lambda: save_tensors(directory / MODEL, weights))
         self._finish(name, directory, mark, cost, figures)
@@ -252,14 +260,16 @@ class Run:
         kept: Callable[[str], bool] = lambda key: True,
         lr_scale: Callable[[str], float] = lambda name: 1.0,
         check: Callable[[], dict[str, float]] = dict,
+        feed: Feed | None = None,
     ) -> tuple[Cost, dict[str, float]]:
         self.machine.place(model)
+        feed = feed or self.feed
         stage = Stage(
             name=name,
             model=model,
             loss=loss,
-            fetch=self.feed.fetch,
-            pictures=len(self.feed.pictures),
+            fetch=feed.fetch,
+            pictures=len(feed.pictures),
             schedule=schedule,
             directory=self.out / name,
             fingerprint=mark,

@@ -15,13 +15,14 @@ from trivium.runtime.errors import ConfigError
 
 from .data.pictures import DataSpec
 from .distributed import Parallel
+from .methods.adversarial import Adversarial
 from .methods.robustify import Distillation
 from .methods.teacher import Teacher
 from .sections import CalibrationSpec, Count, Heads, Input, Model, Section
 from .shifts.views import CleanSpec, ShiftSpec
 
 RECIPES = Path(__file__).parent / "recipes"
-METHODS = ("student",)
+METHODS = ("student", "adversarial")
 """Sections of a recipe of which each names a way to train heads; a module of train/methods carries it out."""
 
 
@@ -52,6 +53,8 @@ class Recipe(Section):
     calibration: CalibrationSpec = CalibrationSpec()
     student: Distillation | None = None
     """A method: heads distilled from the original and the teacher."""
+    adversarial: Adversarial | None = None
+    """A method: one head trained by AT, TRADES or TWINS."""
 
     @property
     def method(self) -> str:
@@ -72,6 +75,21 @@ class Recipe(Section):
                 "student.detach_clean is for heads.tail: shared; a clean head that is the original: "
                 "heads.sources.clean: original"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _one_adversarial_head(self) -> Recipe:
+        if self.adversarial is None:
+            return self
+        heads = self.heads
+        if len(heads.names) != 1 or heads.sources:
+            raise ValueError("adversarial trains one head: give heads.names one name, and no sources")
+        if self.teacher is not None:
+            raise ValueError("adversarial has no use for a teacher: set teacher: null")
+        if heads.freeze_norm and self.adversarial.wings != "single":
+            raise ValueError("heads.freeze_norm leaves no wing to adapt: set adversarial.wings: single")
+        if self.adversarial.source is not None and heads.depth != "all":
+            raise ValueError("adversarial.source fills all stages of the network: set heads.depth: all")
         return self
 
 

@@ -14,6 +14,7 @@ Count = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(gt=0, lt=1)]
+Share = Annotated[float, Field(gt=0, lt=1)]
 Triple = tuple[float, float, float]
 Head = Annotated[str, Field(pattern=r"^(clean|robust|combined)(-[1-9])?$")]
 """What a head is for, and a number where several have the same role; each of those draws shifted views of its own."""
@@ -26,7 +27,7 @@ class Section(BaseModel):
 
 
 class Schedule(Section):
-    """How long and how fast a stage learns; the rate warms up linearly and then falls as a cosine to 0."""
+    """How long and how fast a stage learns; the rate warms up linearly and then falls."""
 
     epochs: Count
     batch: Count = 128
@@ -44,6 +45,8 @@ class Schedule(Section):
     """Nesterov's, of sgd."""
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Share of all steps."""
+    decay: Literal["cosine"] | list[Share] = "cosine"
+    """To 0 as half a cosine, or to a tenth at each of these shares of all steps."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     clip_grad: Rate | None = None
     """Greatest norm of the gradient."""

@@ -468,8 +468,8 @@ def test_some_classes_in_the_order_asked_for() -> None:
     every = load_pictures(DataSpec(kind="digits", classes=["7", "2"], test=1, calibration=1), "train", SMALL)
     named = np.concatenate([load_pictures(DataSpec(kind="digits"), split, SMALL).labels for split in SPLITS])
     assert len(every) == int(np.isin(named, [7, 2]).sum()) - 2
-    sevens = {whole.batch([i]).numpy().tobytes() for i in np.flatnonzero(whole.labels == 7)}
-    twos = {whole.batch([i]).numpy().tobytes() for i in np.flatnonzero(whole.labels == 2)}
+    sevens = {whole.batch([i]).numpy().tobytes() for i in np.flatnonzero(whole.labels == 7).tolist()}
+    twos = {whole.batch([i]).numpy().tobytes() for i in np.flatnonzero(whole.labels == 2).tolist()}
     seen = {every.batch([i]).numpy().tobytes(): int(label) for i, label in enumerate(every.labels)}
     assert {seen[each] for each in sevens & seen.keys()} == {0}
     assert {seen[each] for each in twos & seen.keys()} == {1}
