@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from trivium.runtime.bundle import digest
+from trivium.runtime.bundle import Preprocessing, digest
 from trivium.runtime.errors import ConfigError
 
 from .checkpoint import (
@@ -34,10 +34,11 @@ from .checkpoint import (
 from .distributed import agreed, once, processes, summed
 from .feed import Feed
 from .loop import Loss, Stage, accuracy, derive, fingerprint, fit, machine
-from .methods import adversarial, robustify
+from .methods import adversarial, dad, robustify
 from .methods.clean import original_objective
-from .methods.teacher import Preflight, judge, teacher_objective
-from .models.backbone import create, load_weights, read_state
+from .methods.teacher import Preflight, Teacher, judge, teacher_objective
+from .models.backbone import Inlet, create, load_weights, preprocessing_of, read_state
+from .models.clip import create_clip, is_clip
 from .models.stages import Classifier, split
 from .models.student import Student
 from .progress import Watch
@@ -47,6 +48,7 @@ from .sections import Model, Schedule
 METHODS: dict[str, Callable[[Run, Student, Classifier | None, str], None]] = {
     "student": robustify.run,
     "adversarial": adversarial.run,
+    "dad": dad.run,
 }
 """Section of the recipe -> what trains the heads of a student in place, from the run, the student, the teacher and the
 fingerprint of all that these came from."""
@@ -153,17 +155,24 @@ class Run:
         mark = fingerprint(name, *self.common, settings.model_dump(exclude={"weights"}), source_of(weights), more)
         torch.manual_seed(derive(self.recipe.seed, name, "initial"))
         done = self._done(name, directory, mark)
-        model = create(
-            settings.model, len(self.feed.classes), settings.kwargs, pretrained=weights == "hub" and not done
-        )
+        if is_clip(settings.model):
+            model: nn.Module = create_clip(
+                settings.model, self.feed.classes, settings.kwargs, None if done else weights
+            )
+        else:
+            model = create(
+                settings.model, len(self.feed.classes), settings.kwargs, pretrained=weights == "hub" and not done
+            )
+        own = self._input(settings, model)
+        inlet = Inlet(self.feed.preprocessing, own)
         if done:
             model.load_state_dict(read_state(directory / MODEL))
         else:
-            fitting = weights == "train"
+            fitting = weights == "train" or is_clip(settings.model)
             if weights == "hub":
                 fitting = model.pretrained_cfg.get("num_classes") == len(self.feed.classes)  # type: ignore[union-attr, operator]
             elif is_run(weights):
-                fitting = self._take_run(name, model, weights)
+                fitting = self._take_run(name, model, weights, own)
             elif not fitting:
                 fitting = load_weights(model, weights, self.watch.say)
             if not fitting and settings.schedule is None:
@@ -173,24 +182,43 @@ class Run:
                 )
             cost, figures = Cost(), dict[str, float]()
             if settings.schedule is not None:
-                check = partial(self.feed.glance, model)
-                cost, figures = self._fit(name, model, settings.schedule, objective(model), mark, check=check)
+                check = partial(self.feed.glance, _through(inlet, model))
+                loss = objective(_through(inlet, model))
+                cost, figures = self._fit(name, model, settings.schedule, loss, mark, check=check)
             directory.mkdir(parents=True, exist_ok=True)
             once(lambda: save_tensors(directory / MODEL, model.state_dict()))
             self._finish(name, directory, mark, cost, figures)
         self.machine.place(model)
-        return self._classifier(model).eval().requires_grad_(False), mark
+        self.machine.place(inlet)
+        frozen = self._classifier(model, own).eval().requires_grad_(False)
+        if inlet.needed:
+            frozen.stages.insert(0, inlet)
+        return frozen, mark
 
-    def _classifier(self, model: nn.Module) -> Classifier:
-        return split(model, self.feed.preprocessing.height, self.feed.preprocessing.width)
+    def _input(self, settings: Model, model: nn.Module) -> Preprocessing:
+        """What pictures a model takes: the original the data's, a teacher its own."""
+        data = self.feed.preprocessing
+        if not isinstance(settings, Teacher):
+            return data
+        own = data
+        if is_run(settings.weights):
+            own = read_meta(Path(settings.weights.partition("#")[0])).preprocessing
+        elif settings.weights != "train":
+            own = preprocessing_of(model)
+            if not is_clip(settings.model):  # whose position embeddings fix the size
+                own = own.model_copy(update={"height": data.height, "width": data.width})
+        return own.model_copy(update=settings.input.model_dump(exclude_none=True))
 
-    def _take_run(self, name: str, model: nn.Module, path: str) -> bool:
+    def _classifier(self, model: nn.Module, own: Preprocessing) -> Classifier:
+        return split(model, own.height, own.width)
+
+    def _take_run(self, name: str, model: nn.Module, path: str, own: Preprocessing) -> bool:
         """Fill a timm model with a head of another run; whether its classes are those of the data."""
         source, meta = load_classifier(path)
         if meta.classes != self.feed.classes:
             raise ConfigError(f"{name}.weights: {path} was trained for other classes than those of the data")
         try:
-            self._classifier(model).load_state_dict(source.state_dict())
+            self._classifier(model, own).load_state_dict(source.state_dict())
         except RuntimeError:
             theirs = meta.architecture.model
             raise ConfigError(f"{name}.weights: {path} is a run of {theirs}, which does not fit {name}.model") from None
@@ -345,6 +373,10 @@ class Run:
             once(lambda: write_json(file, document))
         self.costs["preflight"], self.results["preflight"] = cost, result.model_dump()
         judge(result, "refuse" if self.recipe.preflight == "refuse" else "warn", self.watch.say)
+
+
+def _through(inlet: Inlet, model: nn.Module) -> nn.Module:
+    return nn.Sequential(inlet, model) if inlet.needed else model
 
 
 def source_of(weights: str) -> str:

@@ -16,13 +16,14 @@ from trivium.runtime.errors import ConfigError
 from .data.pictures import DataSpec
 from .distributed import Parallel
 from .methods.adversarial import Adversarial
+from .methods.dad import Dad
 from .methods.robustify import Distillation
 from .methods.teacher import Teacher
 from .sections import CalibrationSpec, Count, Heads, Input, Model, Section
 from .shifts.views import CleanSpec, ShiftSpec
 
 RECIPES = Path(__file__).parent / "recipes"
-METHODS = ("student", "adversarial")
+METHODS = ("student", "adversarial", "dad")
 """Sections of a recipe of which each names a way to train heads; a module of train/methods carries it out."""
 
 
@@ -55,6 +56,8 @@ class Recipe(Section):
     """A method: heads distilled from the original and the teacher."""
     adversarial: Adversarial | None = None
     """A method: one head trained by AT, TRADES or TWINS."""
+    dad: Dad | None = None
+    """A method: heads distilled from the teacher on pictures and on discrete adversarial samples of them."""
 
     @property
     def method(self) -> str:

@@ -70,6 +70,7 @@ class Model(Section):
     """A timm model, its weights, and how it is trained here."""
 
     model: str
+    """timm's name or, of a teacher, clip: and open_clip's (models/clip.py)."""
     kwargs: dict[str, Any] = {}
     weights: str = "train"
     """train (from scratch, here), hub (the hub's cache or download), a local file, or the directory of a run: its only

@@ -16,7 +16,7 @@ from trivium.runtime.errors import ClientError
 
 from ..loop import Loss
 from ..models.stages import Classifier
-from ..sections import Model, NonNegative
+from ..sections import Input, Model, NonNegative
 from ..shifts.views import ShiftSpec
 from .losses import jensen_shannon
 
@@ -37,6 +37,9 @@ class Teacher(Model):
     """Share of clean pictures among those of loss ce."""
     shifts: ShiftSpec | None = None
     """None: those of the student."""
+    input: Input = Input()
+    """Its own mean, deviation, height and width. What is None is, of weights from elsewhere, the run's or timm's for
+    the model; of a teacher trained here from scratch, and the size, the data's."""
 
 
 class TeacherRefused(ClientError):

@@ -11,6 +11,7 @@ from typing import Any
 
 import timm
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.data.config import resolve_model_data_config
@@ -124,6 +125,27 @@ def preprocessing_of(model: nn.Module, overrides: Mapping[str, Any] | None = Non
         "std": tuple(config["std"]),
     }
     return Preprocessing(**(settings | given))
+
+
+class Inlet(nn.Module):
+    """Pictures normalised for one model [B, 3, H, W] -> as another takes them: its mean, deviation and size."""
+
+    def __init__(self, given: Preprocessing, wanted: Preprocessing) -> None:
+        super().__init__()
+        scale = torch.tensor(given.std) / torch.tensor(wanted.std)
+        shift = (torch.tensor(given.mean) - torch.tensor(wanted.mean)) / torch.tensor(wanted.std)
+        self.register_buffer("scale", scale[:, None, None])
+        self.register_buffer("shift", shift[:, None, None])
+        self.scale: Tensor
+        self.shift: Tensor
+        self.size = (wanted.height, wanted.width)
+        self.resizes = self.size != (given.height, given.width)
+        self.needed = self.resizes or given.mean != wanted.mean or given.std != wanted.std
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.resizes:
+            x = F.interpolate(x, self.size, mode="bicubic", antialias=True)
+        return x * self.scale + self.shift
 
 
 def wrap_timm(
