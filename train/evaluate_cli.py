@@ -19,10 +19,21 @@ from trivium.runtime.errors import ConfigError
 
 from .data.pictures import Pictures, load_described, load_pictures, parse_spec
 from .data.shift_sets import ShiftSet, beside, open_shift
+from .evaluation.adversarial import (
+    ATTACKS,
+    DEFAULT_ATTACKS,
+    WORTH,
+    attack_system,
+    choose_answerers,
+    open_system,
+    parse_attacks,
+    parse_eps,
+    parse_threat,
+)
 from .evaluation.evaluate import evaluate
 from .evaluation.gallery import album, gallery
 from .evaluation.report import write_report
-from .evaluation.results import Difference, MeanCorruptionError, Results, Two, write_csv, write_results
+from .evaluation.results import Attacks, Difference, MeanCorruptionError, Results, Two, write_csv, write_results
 from .evaluation.subject import Subject, open_subject
 from .evaluation.tally import choose_pictures
 from .shifts.corruptions import TEST_CORRUPTIONS
@@ -35,10 +46,16 @@ def main() -> None:
     """Evaluate as the command line says."""
     given = parser().parse_args()
     console = Console()
-    if given.pictures is not None and given.pictures < 1:
-        raise ConfigError(f"--pictures {given.pictures}: at least 1")
+    for option, count in (("--pictures", given.pictures), ("--attack-pictures", given.attack_pictures)):
+        if count is not None and count < 1:
+            raise ConfigError(f"{option} {count}: at least 1")
+    threat = parse_threat(given.attack) if given.attack else None
+    attacks, curve = parse_attacks(given.attacks), [parse_eps(text) for text in given.eps_curve.split(",") if text]
     with bar(console, "calibrating") as progress:
         subject: Subject = open_subject(given.model, progress=progress)
+    if threat is not None:
+        system = open_system(subject)
+        choose_answerers(system, given.attack_answerers)  # a mistake is told before hours of work
     original: Subject | None = open_subject(given.original, as_original=True) if given.original else None
     pictures = test_pictures(given.data, subject, original, console)
     sets = shift_sets(given, subject, pictures)
@@ -57,6 +74,20 @@ def main() -> None:
             command=["trivium", "evaluate", *sys.argv[1:]],
             progress=progress,
         )
+    if threat is not None:
+        with bar(console, "attacking") as progress:
+            found = attack_system(
+                system,
+                pictures,
+                threat,
+                attacks=attacks,
+                answerers=given.attack_answerers,
+                curve=curve,
+                count=given.attack_pictures,
+                seed=given.seed,
+                progress=progress,
+            )
+        results = results.model_copy(update={"attacks": found})
     out = given.out
     chosen = choose_pictures(pictures, given.pictures, given.seed)
     try:
@@ -115,6 +146,27 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--ood", nargs="+", action="extend", default=[], metavar="DATA",
         help="data of other classes, as for --data: how well each score tells its test split from this one",
+    )  # fmt: skip
+    p.add_argument(
+        "--attack",
+        metavar="NORM:EPS",
+        help="attack a checkpoint within this radius, of pixels in [0, 1]: linf:8/255, l2:0.5",
+    )
+    p.add_argument(
+        "--attacks", default=",".join(DEFAULT_ATTACKS), metavar="NAMES",
+        help=f"with commas, of: {', '.join(ATTACKS)} (default: {','.join(DEFAULT_ATTACKS)}); AutoAttack, which is "
+        f"slow, is spared what PGD leaves no more than {100 * WORTH:g} %% right",
+    )  # fmt: skip
+    p.add_argument(
+        "--attack-answerers", nargs="+", metavar="NAME", help="heads and routers to attack, original, or default "
+        "for the default router (default: original, every head, the default router)",
+    )  # fmt: skip
+    p.add_argument(
+        "--attack-pictures", type=int, default=500, metavar="N", help="pictures to attack, drawn by seed (default: 500)"
+    )
+    p.add_argument(
+        "--eps-curve", default="", metavar="EPS,EPS...", help="further radii, for all attacks but AutoAttack: "
+        "0,2/255,4/255",
     )  # fmt: skip
     p.add_argument(
         "--out", type=Path, metavar="DIR", default="evaluation", help="where the files go (default: evaluation)"
@@ -212,6 +264,8 @@ def show(results: Results, console: Console) -> None:
         best = sorted(other.auroc.items(), key=lambda each: -(each[1] or 0))[:3]
         found = ", ".join(f"{score} {value:.3f}" for score, value in best if value is not None)
         console.print(f"against {other.pictures} pictures of {name} (AUROC), best three: {found}")
+    if results.attacks is not None:
+        show_attacks(results.attacks, default.name, console)
     console.print(f"{results.cpu_seconds:.0f} CPU-s, {results.wall_seconds:.0f} s")
 
 
@@ -273,6 +327,30 @@ def shift_table(results: Results) -> Table:
             style="bold" if each.name == default else "dim" if each.role == "original" else None,
         )
     return table
+
+
+def show_attacks(found: Attacks, default: str, console: Console) -> None:
+    """Print every answerer under every attack, in percent: at the radius asked for, then along the curve."""
+    attacks = [name for name in ATTACKS if name in found.steps]
+    radii = sorted({row.eps for row in found.rows if row.eps > 0})
+    cells = {(row.answerer, row.attack, row.eps): percent(row.accuracy) for row in found.rows}
+    for eps in [found.eps, *(each for each in radii if each != found.eps)]:
+        shown = [name for name in attacks if any((who, name, eps) in cells for who in found.clean)]
+        caption = f"% right under attack, {found.norm} {eps:g}, {found.pictures} pictures"
+        if "adaptive" in shown:
+            caption += "; adaptive: what also survives the others"
+        table = Table(box=SIMPLE, caption=caption, caption_justify="left")
+        for column in ("", "clean", *shown):
+            table.add_column(column, justify="right" if column else "left", no_wrap=True)
+        for name, clean in found.clean.items():
+            table.add_row(
+                ("→ " if name == default else "  ") + name,
+                percent(clean),
+                *(cells.get((name, attack, eps), "-") for attack in shown),
+                style="bold" if name == default else None,
+            )
+        console.print(table)
+    console.print(f"attacks: {found.cpu_seconds:.0f} CPU-s, {found.wall_seconds:.0f} s")
 
 
 def percent(value: float) -> str:

@@ -81,7 +81,7 @@ class CheckpointSubject:
         self, path: str, *, as_original: bool = False, progress: Callable[[int, int], None] | None = None
     ) -> None:
         student, meta = load_student(path)
-        self.path, self.meta = path, meta
+        self.path, self.meta, self.model = path, meta, student
         observer = Observer(student, meta.preprocessing, meta.dropout)
         self._observer = observer
         self.manifest = provisional(meta.classes, meta.heads, meta.preprocessing, meta.dropout, None, meta.name)
