@@ -37,7 +37,7 @@ from .loop import Loss, Stage, accuracy, derive, fingerprint, fit, machine
 from .methods import adversarial, dad, robustify
 from .methods.clean import original_objective
 from .methods.teacher import Preflight, Teacher, judge, teacher_objective
-from .models.backbone import Inlet, create, load_weights, preprocessing_of, read_state
+from .models.backbone import Inlet, create, load_weights, preprocessing_of, read_state, weights_file
 from .models.clip import create_clip, is_clip
 from .models.stages import Classifier, split
 from .models.student import Student
@@ -183,8 +183,10 @@ class Run:
             cost, figures = Cost(), dict[str, float]()
             if settings.schedule is not None:
                 check = partial(self.feed.glance, _through(inlet, model))
-                loss = objective(_through(inlet, model))
-                cost, figures = self._fit(name, model, settings.schedule, loss, mark, check=check)
+                # Shares the model's tensors.
+                tuned = model if settings.depth == "all" else self._classifier(model, own).tune(settings.depth)
+                loss = objective(_through(inlet, tuned))
+                cost, figures = self._fit(name, tuned, settings.schedule, loss, mark, check=check)
             directory.mkdir(parents=True, exist_ok=True)
             once(lambda: save_tensors(directory / MODEL, model.state_dict()))
             self._finish(name, directory, mark, cost, figures)
@@ -384,7 +386,8 @@ def source_of(weights: str) -> str:
     if is_run(weights):
         run, _, head = weights.partition("#")
         return f"{read_meta(Path(run)).weights_sha256}#{head}"
-    return digest(Path(weights)) if Path(weights).is_file() else weights
+    file = weights_file(weights)
+    return digest(file) if file.is_file() else weights
 
 
 def cost_table(costs: dict[str, Cost]) -> Table:

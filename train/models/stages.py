@@ -79,6 +79,28 @@ class Classifier(nn.Module):
         self.neck = neck
         self.head = head
         self.dropout_rate = dropout_rate
+        self.frozen = 0
+
+    def tune(self, depth: int) -> Classifier:
+        """Freeze all but the last `depth` stages, neck and head; batch norms of the frozen keep their statistics.
+
+        Raises: ConfigError where there are no such stages.
+        """
+        if depth > 0 and not self.splittable:
+            raise ConfigError("no verified split of this model into stages: tune 0 of them, or all")
+        if depth >= len(self.stages):
+            raise ConfigError(f"{depth} stages to tune, this model has {len(self.stages)}: 0 to {len(self.stages) - 1}")
+        self.frozen = len(self.stages) - depth
+        for stage in self.stages[: self.frozen]:
+            stage.requires_grad_(False)
+        return self.train(self.training)
+
+    def train(self, mode: bool = True) -> Classifier:
+        """As nn.Module's; frozen stages stay in eval mode."""
+        super().train(mode)
+        for stage in self.stages[: self.frozen]:
+            stage.eval()
+        return self
 
     @property
     def splittable(self) -> bool:
