@@ -24,7 +24,7 @@ ROWS: list[dict[str, Any]] = [
         "name": "second",
         "title": "second",
         "after": "base",
-        "settings": {"seed": 1, "heads.sources": {"robust": "{after}"}},
+        "settings": {"seed": 1, "heads.sources": {"robust": "{runs}/base/{seed}/run"}},
     },
     {"name": "third", "title": "third", "after": "second"},
 ]
@@ -45,7 +45,7 @@ def test_every_row_of_the_studies_that_come_along_is_a_recipe(name: str, tmp_pat
         settings = [after for before, after in itertools.pairwise(train) if before == "--set"]
         load_recipe(train[1], settings)
         assert evaluate[1] == train[train.index("--out") + 1]
-        assert not any("{" in part and "}" in part and ":" not in part for part in (*settings, *evaluate))
+        assert not any(place in part for part in (*settings, *evaluate) for place in ("{runs}", "{seed}"))
 
 
 @pytest.mark.parametrize(
@@ -73,6 +73,12 @@ def test_unknown_names_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "s.yaml").write_text("a: [")
     with pytest.raises(ConfigError, match="no valid YAML"):
         load_study(str(tmp_path / "s.yaml"))
+
+
+def test_a_row_may_name_the_runs_before_it(tmp_path: Path) -> None:
+    train, _ = jobs_of(study(), tmp_path)[3].commands()
+    assert f'heads.sources={{"robust": "{tmp_path}/s/base/1/run"}}' in train
+    assert train[train.index("--reuse") + 1] == f"{tmp_path}/s/base/1/run"
 
 
 def test_chosen_rows_bring_those_they_build_on() -> None:
@@ -157,7 +163,8 @@ def test_tables_hold_mean_and_spread_over_the_seeds(finished: Path) -> None:
     assert table["base"]["clean"].values == [0.9, 0.92]
     assert table["base"]["clean"].mean == pytest.approx(0.91)
     assert table["base"]["clean"].deviation == pytest.approx(0.02 / 2**0.5)
-    assert table["base"]["style"].values == [0.5, 0.5]  # inversion is among them, but training saw it
+    assert table["base"]["style"].values == pytest.approx([0.7, 0.7])
+    assert tables.seen(found, jobs)["base"] == ["style"]  # training drew inverted views
     assert table["base"]["CPU s"].values == [12, 12]  # the original's 100 are not in it
     assert "absent" not in table["base"]
     ratio, difference = tables.compare(found, table)
@@ -166,6 +173,7 @@ def test_tables_hold_mean_and_spread_over_the_seeds(finished: Path) -> None:
     document = json.loads(json.dumps(tables.document({"s": (found, jobs)})))
     text = tables.page(document)
     assert "| base | 91.0 ± 1.4 |" in text
+    assert "| 70.0 ± 0.0 † |" in text
     assert "- second against base, clean: +1.0 ± 0.0 points" in text
 
 

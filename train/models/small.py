@@ -48,6 +48,12 @@ def trivium_resnet10(pretrained: bool = False, **kwargs: Any) -> ResNet:
 
 
 @register_model
+def trivium_resnet10_small(pretrained: bool = False, **kwargs: Any) -> ResNet:
+    """0.3 M parameters: the same with 16 to 128 channels."""
+    return _small_resnet((1, 1, 1, 1), (16, 32, 64, 128), **_plain(kwargs))
+
+
+@register_model
 def trivium_resnet10_tiny(pretrained: bool = False, **kwargs: Any) -> ResNet:
     """0.08 M parameters: the same with 8 to 64 channels; a small teacher."""
     return _small_resnet((1, 1, 1, 1), (8, 16, 32, 64), **_plain(kwargs))

@@ -42,7 +42,8 @@ class Row(Section):
     settings: dict[str, Any] = Field({})
     """Dotted key of the recipe -> value, on top of the study's, as trivium train --set takes them."""
     after: str | None = None
-    """A row that goes before, seed by seed: its finished stages are taken over, and {after} in settings is its run."""
+    """A row that goes before, seed by seed: its finished stages are taken over, and so may be its run's weights, as
+    {runs}/ROW/{seed}/run, which also names runs before that one."""
     answerers: dict[str, str] | None = None
     """Rows of the table -> head or router of these runs; None: the title -> the default router."""
     evaluate: tuple[str, ...] = ()
@@ -118,7 +119,7 @@ class Job:
     def commands(self) -> list[list[str]]:
         """What a user would type, save the program."""
         row, study = self.row, self.study
-        places = {"{after}": str(self.before), "{run}": str(self.run)}
+        places = {"{runs}": str(self.directory.parent.parent), "{seed}": str(self.seed)}
         settings = {**study.settings, **row.settings}
         train = ["train", row.recipe or study.recipe]
         for key, value in settings.items():

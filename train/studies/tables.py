@@ -12,7 +12,7 @@ import numpy as np
 from trivium.runtime.errors import ConfigError
 
 from ..evaluation.results import Results
-from ..evaluation.summary import Spread, spread
+from ..evaluation.summary import Spread, show, spread
 from .study import Job, Study
 
 ORIGINAL, DEFAULT = "original", "default router"
@@ -30,13 +30,16 @@ MEASURES: dict[str, Measure] = {
     "acc. at 80 %": lambda r, a: r.answerer(a).accuracy_at_80.corrupted,
 }
 """Name -> a share of one answerer, which every study has."""
+ATTACKS = {"pgd": "PGD-20", "autoattack": "AutoAttack"}
+"""Attack -> column, for rows that were attacked."""
 COST = "CPU s"
 """Of all stages but the original's."""
 EXPLAINED = (
     "% but for the cost; mean ± standard deviation over seeds {seeds}. mCA: mean accuracy over the corruptions that "
     "neither training nor calibration saw, five severities each. Flips: pictures that the original got right and the "
     "row gets wrong. ECE: expected calibration error. Acc. at 80 %: of the surest 80 % of the corrupted pictures. "
-    "CPU s: of training all that the row needs besides the original."
+    "AutoAttack is tried where PGD leaves more than 5 %. CPU s: of training all that a row needs, its original apart. "
+    "†: training drew views of this very kind."
 )
 
 
@@ -54,6 +57,16 @@ def tabulate(study: Study, jobs: Sequence[Job]) -> Table:
         for title, name in (row.answerers or {row.title: DEFAULT}).items():
             table[title] = _measured(study, found, title, name)
     return table
+
+
+def seen(study: Study, jobs: Sequence[Job]) -> dict[str, list[str]]:
+    """Row -> the columns of shifts of which training drew views, for rows where there are any."""
+    found: dict[str, list[str]] = {}
+    for row in study.rows:
+        run = next((run for job in jobs if job.row is row and (run := job.results()) is not None), None)
+        if run is not None and (columns := [name for name, kinds in study.shifts.items() if _seen(run, kinds)]):
+            found |= dict.fromkeys(row.answerers or [row.title], columns)
+    return found
 
 
 def compare(study: Study, table: Table) -> list[dict[str, Any]]:
@@ -89,6 +102,7 @@ def document(studies: Mapping[str, tuple[Study, Sequence[Job]]]) -> dict[str, An
             "rows": {
                 title: {measure: found._asdict() for measure, found in row.items()} for title, row in table.items()
             },
+            "seen": {title: columns for title, columns in seen(study, jobs).items() if title in table},
             "comparisons": compare(study, table),
             "reading": study.reading,
         }
@@ -113,7 +127,8 @@ def page(document: Mapping[str, Any]) -> str:
         ]
         for title, row in rows.items():
             cells = [_cell(measure, row[measure]) if measure in row else "" for measure in measures]
-            lines.append(f"| {title} | " + " | ".join(cells) + " |")
+            marks = [" †" if measure in found["seen"].get(title, ()) else "" for measure in measures]
+            lines.append(f"| {title} | " + " | ".join(map(str.__add__, cells, marks)) + " |")
         lines.append("")
         for each in found["comparisons"]:
             lines.append(f"- {each['row']} against {each['against']}, {each['measure']}: {_compared(each)}")
@@ -146,6 +161,8 @@ def _measured(study: Study, runs: Sequence[Results], title: str, name: str) -> d
     columns: dict[str, Measure] = {**MEASURES}
     for column, kinds in study.shifts.items():
         columns[column] = lambda run, answerer, kinds=kinds: _on_shifts(run, answerer, kinds)  # type: ignore[misc]
+    for attack, column in ATTACKS.items():
+        columns[column] = lambda run, answerer, attack=attack: _attacked(run, answerer, attack)  # type: ignore[misc]
     row = {measure: found for measure, of in columns.items() if (found := spread([of(*pair) for pair in pairs]))}
     if name != ORIGINAL:
         found = spread([_cost(run) for run in runs])
@@ -155,9 +172,19 @@ def _measured(study: Study, runs: Sequence[Results], title: str, name: str) -> d
 
 
 def _on_shifts(run: Results, answerer: str, kinds: Sequence[str]) -> float | None:
-    found = [run.shifts[kind] for kind in kinds if kind in run.shifts]
-    values = [shift.answerers[answerer].accuracy for shift in found if shift.counted]
-    return float(np.mean(values)) if len(found) == len(kinds) and values else None
+    found = [run.shifts[kind].answerers[answerer].accuracy for kind in kinds if kind in run.shifts]
+    return float(np.mean(found)) if len(found) == len(kinds) else None
+
+
+def _seen(run: Results, kinds: Sequence[str]) -> bool:
+    return any(kind in run.shifts and not run.shifts[kind].counted for kind in kinds)
+
+
+def _attacked(run: Results, answerer: str, attack: str) -> float | None:
+    if run.attacks is None:
+        return None
+    wanted = (answerer, attack, run.attacks.eps)
+    return next((row.accuracy for row in run.attacks.rows if (row.answerer, row.attack, row.eps) == wanted), None)
 
 
 def _cost(run: Results) -> float:
@@ -169,12 +196,14 @@ def _of(two: Any, part: str) -> float | None:
 
 
 def _cell(measure: str, found: Mapping[str, Any]) -> str:
-    return f"{found['mean']:.0f}" if measure == COST else Spread(**found).points()
+    return show(_spread(found), "seconds" if measure == COST else "share")
 
 
 def _compared(each: Mapping[str, Any]) -> str:
-    deviation = each["deviation"]
-    if each["kind"] == "ratio":
-        return f"{each['mean']:.3f}" + ("" if deviation is None else f" ± {deviation:.3f}") + " times"
-    spread = Spread(each["mean"], deviation, each["values"])
-    return f"{spread.points(signed=True)} points"
+    if each["kind"] == "difference":
+        return f"{show(_spread(each), 'points')} points"
+    return f"{each['mean']:.3f}" + ("" if each["deviation"] is None else f" ± {each['deviation']:.3f}") + " times"
+
+
+def _spread(found: Mapping[str, Any]) -> Spread:
+    return Spread(found["mean"], found["deviation"], found["values"])
