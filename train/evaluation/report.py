@@ -9,7 +9,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from . import charts
 from .charts import MARKS, Series
-from .gallery import Sample
+from .gallery import Album, Sample
 from .results import Results
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -30,12 +30,12 @@ KNOWN = {
 }
 
 
-def write_report(results: Results, samples: Sequence[Sequence[Sample]], path: Path) -> None:
-    """Write the page; samples are rows of one picture under several corruptions (train.gallery)."""
-    path.write_text(render(results, samples), encoding="utf-8")
+def write_report(results: Results, samples: Sequence[Sequence[Sample]], path: Path, album: Album | None = None) -> None:
+    """Write the page; samples are rows of one picture under several corruptions (gallery.py)."""
+    path.write_text(render(results, samples, album), encoding="utf-8")
 
 
-def render(results: Results, samples: Sequence[Sequence[Sample]]) -> str:
+def render(results: Results, samples: Sequence[Sequence[Sample]], album: Album | None = None) -> str:
     """The page as text."""
     style = styles(results)
     drawn = [each.name for each in results.answerers if each.role != "rule" or each.default]
@@ -67,6 +67,7 @@ def render(results: Results, samples: Sequence[Sequence[Sample]]) -> str:
             for key in ("shift", "errors_clean", "errors_corrupted")
         },
         samples=samples,
+        album=album,
     )
 
 
