@@ -25,7 +25,8 @@ from .observe import Observations
 OWN: tuple[GateStatistic, ...] = ("predictive_entropy", "mutual_information", "energy", "max_probability")
 """Scores that a head has of its own; a pair of heads has the divergence."""
 ALL = "gate on all heads"
-LEAST_SCALE = 1e-9
+LEAST_SPREAD = 1e-6
+"""A score that varies less on calibration pictures is not magnified."""
 
 
 class LearnedGate(NamedTuple):
@@ -89,7 +90,8 @@ def fit_gate(observed: Observations, heads: Sequence[str], seen: Sequence[str], 
     values = gate_features(observed.statistics, scores, heads)
     share = mixture_weights(observed, clean_share) * len(values)
     center = np.average(values, axis=0, weights=share)
-    scale = np.maximum(np.sqrt(np.average((values - center) ** 2, axis=0, weights=share)), LEAST_SCALE)
+    spread = np.sqrt(np.average((values - center) ** 2, axis=0, weights=share))
+    scale = np.where(spread > LEAST_SPREAD, spread, 1.0)
     standard = (values - center) / scale
     right = observed.statistics.probabilities.argmax(2) == observed.labels[:, None]
     intercept, weights = dict[str, float](), dict[str, NDArray[np.float64]]()
