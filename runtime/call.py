@@ -102,6 +102,8 @@ class Call:
         """Send one message of a stream."""
         if not self._over:
             self._connection.send(self._stream, self._serialized(message), True)
+            # others have their turn, and it is read that the client has left
+            await asyncio.sleep(0)
 
     # What the connection tells
 
