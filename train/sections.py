@@ -14,7 +14,6 @@ Count = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(gt=0, lt=1)]
-Share = Annotated[float, Field(gt=0, lt=1)]
 Triple = tuple[float, float, float]
 Head = Annotated[str, Field(pattern=r"^(clean|robust|combined)(-[1-9])?$")]
 """What a head is for, and a number where several have the same role; each of those draws shifted views of its own."""
@@ -76,16 +75,16 @@ class Model(Section):
     """train (from scratch, here), hub (the hub's cache or download), a local file, package:NAME (the weights file in an
     installed distribution), or the directory of a run: its only head or, as RUN#HEAD, one of several."""
     schedule: Schedule | None = None
+    """Clean training; with weights from elsewhere, fine-tuning (None: none)."""
     depth: Annotated[int, Field(ge=0)] | Literal["all"] = "all"
     """Last stages that the schedule tunes, besides the final layer."""
-    """Clean training; with weights from elsewhere, fine-tuning (None: none)."""
 
     @model_validator(mode="after")
     def _trained(self) -> Model:
         if self.weights == "train" and self.schedule is None:
+            raise ValueError("weights: train needs a schedule")
         if self.weights == "train" and self.depth != "all":
             raise ValueError("depth: weights: train starts from noise, so all stages must be tuned")
-            raise ValueError("weights: train needs a schedule")
         return self
 
 
