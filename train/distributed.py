@@ -8,7 +8,7 @@ import signal
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, Literal, NoReturn
 
@@ -149,13 +149,18 @@ class Spread:
         """What the loss returns."""
         return self._wrapped(*arguments)
 
-    def slice(self, last: bool) -> AbstractContextManager[Any]:
+    @contextmanager
+    def slice(self, last: bool) -> Iterator[None]:
         """Forward and backward of one slice; gradients are added up over the processes after the last."""
-        if isinstance(self._wrapped, DistributedDataParallel) and not last:
-            return self._wrapped.no_sync()
-        if isinstance(self._wrapped, FSDPModule):
+        if isinstance(self._wrapped, DistributedDataParallel):
+            with nullcontext() if last else self._wrapped.no_sync():
+                yield
+        elif isinstance(self._wrapped, FSDPModule):
             self._wrapped.set_requires_gradient_sync(last)
-        return nullcontext()
+            yield
+            self._wrapped.reshard()
+        else:
+            yield
 
     @contextmanager
     def whole(self) -> Iterator[None]:
@@ -185,6 +190,8 @@ def spread(model: nn.Module, loss: Any, how: Literal["none", "ddp", "fsdp"], dev
             mesh = init_device_mesh(device.type, (processes(),))
             for unit in [*_units(model), step]:
                 fully_shard(unit, mesh=mesh)
+            # An attack inside the loss goes backward too, and the model's own weights are needed after it.
+            step.set_reshard_after_backward(False, recurse=False)  # type: ignore[operator]
             yield Spread(step, step)
             state = {key: whole(value) for key, value in model.state_dict().items()}
         finally:
@@ -199,9 +206,9 @@ def spread(model: nn.Module, loss: Any, how: Literal["none", "ddp", "fsdp"], dev
     with warnings.catch_warnings():
         # The newer name of broadcast_buffers is not in all releases of torch that will do.
         warnings.simplefilter("ignore", FutureWarning)
+        warnings.filterwarnings("ignore", "Grad strides do not match")  # of 1 x 1 convolutions, channels last
         # Buffers are the loop's matter (Statistics); a network may hold parameters that its loss does not reach.
-        wrapped = DistributedDataParallel(step, broadcast_buffers=False, find_unused_parameters=True)
-    yield Spread(step, wrapped)
+        yield Spread(step, DistributedDataParallel(step, broadcast_buffers=False, find_unused_parameters=True))
 
 
 def whole(value: Tensor) -> Tensor:

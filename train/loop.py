@@ -34,6 +34,7 @@ from trivium.runtime.errors import ClientError, ConfigError
 from .checkpoint import Cost, replace_directory, save_tensors, write_json
 from .distributed import (
     Parallel,
+    Spread,
     Statistics,
     agreed,
     barrier,
@@ -133,6 +134,8 @@ def machine(
     if precision == "auto":
         native = torch.cuda.is_bf16_supported() if place.type == "cuda" else _cpu_has_bfloat16()
         precision = "bfloat16" if native else "float32"
+    if precision == "float16":
+        parallel = "ddp"  # the loss's scale would differ between shares
     return Machine(place, precision, parallel, compile)
 
 
@@ -157,7 +160,6 @@ def fit(stage: Stage, machine: Machine, watch: Watch) -> tuple[Cost, dict[str, f
     count = min(schedule.pictures or stage.pictures, stage.pictures)
     steps = max(1, count // schedule.batch)
     slices = _slices(stage, min(count, schedule.batch), watch)
-    mine = range(rank() * slices // processes(), (rank() + 1) * slices // processes())
     saved = _Saved(stage)
     cost, figures, begin = saved.cost, saved.figures, saved.epochs
     cost.parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -178,30 +180,13 @@ def fit(stage: Stage, machine: Machine, watch: Watch) -> tuple[Cost, dict[str, f
                 batches = [order[i * schedule.batch : (i + 1) * schedule.batch] for i in range(steps)]
                 batches[-1] = batches[-1][: max(count - (steps - 1) * schedule.batch, 1)]
                 total = 0.0
-                ahead = _ahead(stage, epoch, [np.array_split(batch, slices) for batch in batches], mine)
-                for step, batch in enumerate(batches):
+                mine = [_own(batch, slices) for batch in batches]
+                ahead = _ahead(stage, epoch, mine)
+                for step in range(steps):
                     at = (epoch * steps + step) / (schedule.epochs * steps)
                     for group, lr in zip(optimizer.param_groups, base, strict=True):
                         group["lr"] = lr * rate(at, schedule.warmup, schedule.decay)
-                    value, parts = 0.0, dict[str, float]()
-                    statistics.begin()
-                    for number in mine:
-                        indices, pictures = next(ahead)
-                        seed = derive(stage.seed, stage.name, epoch, step, *([number] if number else []))
-                        torch.manual_seed(seed)
-                        generator = torch.Generator().manual_seed(seed)
-                        statistics.rewind()
-                        part = len(indices) / len(batch)
-                        with run.slice(last=number == mine[-1]):
-                            loss, shown = run(machine.channels_last(pictures), indices, generator)
-                            # Gradients are averaged over the processes, each of which has only its part of the batch.
-                            scaler.scale(loss * (part * processes())).backward()
-                        statistics.add(part)
-                        value += loss.item() * part
-                        for key, figure in shown.items():
-                            parts[key] = parts.get(key, 0.0) + figure * part
-                    statistics.end()
-                    value, *rest = summed([value, *parts.values()])
+                    value, parts = _gradient(stage, machine, run, scaler, statistics, mine[step], ahead, (epoch, step))
                     if not math.isfinite(value):
                         raise TrainingDiverged(
                             f"{stage.name}: the loss is {value} in epoch {epoch + 1}, step {step + 1}; lower "
@@ -215,7 +200,7 @@ def fit(stage: Stage, machine: Machine, watch: Watch) -> tuple[Cost, dict[str, f
                     optimizer.zero_grad(set_to_none=True)
                     average.update(epoch * steps + step)
                     total += value
-                    show.step(value, dict(zip(parts, rest, strict=True)))
+                    show.step(value, parts)
                 model.eval()
                 with average.shown(), run.whole():
                     figures = {"loss": total / steps, **stage.check()}
@@ -322,22 +307,74 @@ def _slices(stage: Stage, batch: int, watch: Watch) -> int:
     return slices
 
 
-def _ahead(
-    stage: Stage, epoch: int, batches: Sequence[Sequence[NDArray[np.int64]]], mine: range
-) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
-    # The next slice is decoded while this one is learned from; its generator is its own, so order does not matter.
-    def fetch(step: int, number: int) -> Tensor:
-        key = (stage.seed, stage.name, epoch, step, "fetch", *([number] if number else []))
-        return stage.fetch(batches[step][number], _generator(*key))
+@dataclass(frozen=True)
+class _Slice:
+    """A part of a batch that is learned from at once: its number, its pictures, its share of the batch's."""
 
-    order = [(step, number) for step in range(len(batches)) for number in mine]
+    number: int
+    indices: NDArray[np.int64]
+    share: float
+
+    def key(self, *parts: object) -> tuple[object, ...]:
+        """What its random draws come from; the only slice of a batch draws as the batch would."""
+        return (*parts, self.number) if self.number else parts
+
+
+def _own(batch: NDArray[np.int64], slices: int) -> list[_Slice]:
+    """The slices of a batch that are this process's."""
+    parts = np.array_split(batch, slices)
+    numbers = range(rank() * slices // processes(), (rank() + 1) * slices // processes())
+    return [_Slice(number, parts[number], len(parts[number]) / len(batch)) for number in numbers]
+
+
+def _gradient(
+    stage: Stage,
+    machine: Machine,
+    run: Spread,
+    scaler: torch.amp.GradScaler,
+    statistics: Statistics,
+    slices: Sequence[_Slice],
+    ahead: Iterator[Tensor],
+    at: tuple[int, int],
+) -> tuple[float, dict[str, float]]:
+    """Leave the gradient of a batch, from the slices of all processes, in the parameters; its loss and figures.
+
+    slices: this process's, whose pictures come next in `ahead`. at: epoch and step.
+    """
+    value, parts = 0.0, dict[str, float]()
+    statistics.begin()
+    for each in slices:
+        pictures = next(ahead)
+        seed = derive(*each.key(stage.seed, stage.name, *at))
+        torch.manual_seed(seed)
+        generator = torch.Generator().manual_seed(seed)
+        statistics.rewind()
+        with run.slice(last=each is slices[-1]):
+            loss, shown = run(machine.channels_last(pictures), each.indices, generator)
+            # Gradients are averaged over the processes, each of which has only its part of the batch.
+            scaler.scale(loss * (each.share * processes())).backward()
+        statistics.add(each.share)
+        value += loss.item() * each.share
+        for key, figure in shown.items():
+            parts[key] = parts.get(key, 0.0) + figure * each.share
+    statistics.end()
+    value, *rest = summed([value, *parts.values()])
+    return value, dict(zip(parts, rest, strict=True))
+
+
+def _ahead(stage: Stage, epoch: int, batches: Sequence[Sequence[_Slice]]) -> Iterator[Tensor]:
+    # The next slice is decoded while this one is learned from; its generator is its own, so order does not matter.
+    def fetch(step: int, each: _Slice) -> Tensor:
+        return stage.fetch(each.indices, _generator(*each.key(stage.seed, stage.name, epoch, step, "fetch")))
+
+    order = [(step, each) for step, slices in enumerate(batches) for each in slices]
     with ThreadPoolExecutor(1, thread_name_prefix="fetch") as pool:
         coming = pool.submit(fetch, *order[0])
-        for (step, number), after in zip(order, [*order[1:], None], strict=True):
+        for after in [*order[1:], None]:
             pictures = coming.result()
             if after:
                 coming = pool.submit(fetch, *after)
-            yield batches[step][number], pictures
+            yield pictures
 
 
 @contextmanager

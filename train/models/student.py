@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -80,6 +80,11 @@ class Student(nn.Module):
                 if isinstance(norm, nn.modules.batchnorm._BatchNorm):
                     norm.eval()
         return self
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """As nn.Module's, of the parts that training calls."""
+        for part in (self.trunk, self.original_tail, *self.branches):
+            part.compile(*args, **kwargs)
 
     def role(self, head: int) -> str:
         """What head number `head` is for: clean, robust or combined."""
