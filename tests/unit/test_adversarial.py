@@ -15,7 +15,8 @@ from trivium.runtime.errors import ConfigError
 from trivium.train.checkpoint import load_classifier, load_student
 from trivium.train.loop import Machine, TrainingDiverged, rate
 from trivium.train.methods import adversarial
-from trivium.train.methods.adversarial import Adversarial, AdversarialTraining, Attack, at_loss, trades_loss
+from trivium.train.methods.adversarial import Adversarial, AdversarialTraining, Attack
+from trivium.train.methods.losses import at_loss, trades_loss
 from trivium.train.models.backbone import create
 from trivium.train.models.stages import split
 from trivium.train.models.twins import spread_wings, twin_norms

@@ -30,6 +30,7 @@ from ..models.stages import Classifier
 from ..models.student import Student
 from ..models.twins import TwinNorm, fold_wings, spread_wings, twin_norms
 from ..sections import Count, NonNegative, Schedule, Section
+from .losses import at_loss, trades_loss
 
 if TYPE_CHECKING:
     from ..feed import Feed
@@ -269,43 +270,6 @@ class GradientNorm:
     def _add(self, parameter: Tensor) -> None:
         assert parameter.grad is not None
         self._squares[parameter] = parameter.grad.detach().float().square().sum()
-
-
-def at_loss(attacked: Tensor, labels: Tensor, first: int = 0, weight: float = 1.0) -> Tensor:
-    """CE(f(x'), y), or over two wings weight CE(f_F(x'_1), y_1) + CE(f_A(x'_2), y_2), each a mean over its pictures.
-
-    attacked: logits [B, C], of which the first wing's are the first `first`; labels [B].
-    """
-    return torch.stack(
-        [share * F.cross_entropy(attacked[wing], labels[wing]) for wing, share in _wings(first, weight)]
-    ).sum()
-
-
-def trades_loss(
-    clean: Tensor,
-    attacked: Tensor,
-    labels: Tensor,
-    beta: float,
-    first: int = 0,
-    weight: float = 1.0,
-    divergence_mean: Literal["batch", "wing"] = "batch",
-) -> Tensor:
-    """CE(f(x), y) + beta KL(f(x) || f(x')), or over two wings, weighted and split as in at_loss, the sum of both.
-
-    clean, attacked: logits [B, C]. The gradient reaches both. divergence_mean: each wing's divergences are divided by
-    B, as TWINS' authors do, or by the wing's number of pictures.
-    """
-    terms = []
-    for wing, share in _wings(first, weight):
-        log_p, log_q = F.log_softmax(clean[wing], -1), F.log_softmax(attacked[wing], -1)
-        divergence = (log_p.exp() * (log_p - log_q)).sum() / len(clean if divergence_mean == "batch" else log_p)
-        terms.append(share * (F.cross_entropy(clean[wing], labels[wing]) + beta * divergence))
-    return torch.stack(terms).sum()
-
-
-def _wings(first: int, weight: float) -> list[tuple[slice, float]]:
-    second = (slice(first, None), 1.0)
-    return [(slice(first), weight), second] if first else [second]
 
 
 def _divergence_from(answer: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[Tensor, Tensor], Tensor]:

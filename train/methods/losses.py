@@ -1,4 +1,5 @@
-"""Losses of the three heads (METHODS of "Efficiently Robustify Pre-trained Models") and of AugMix, as plain functions.
+"""Losses of the three heads (METHODS of "Efficiently Robustify Pre-trained Models"), of AugMix and of adversarial
+training, as plain functions.
 
 Logits are [B, C], labels int64 [B], weights [B]; every loss is a scalar, in nats. tau is the distillation temperature.
 """
@@ -95,3 +96,40 @@ def jensen_shannon(logits: Sequence[Tensor]) -> Tensor:
     p = log_p.exp()
     log_mixture = p.mean(0).clamp(1e-7, 1).log()
     return (p * (log_p - log_mixture)).sum(-1).mean()
+
+
+def at_loss(attacked: Tensor, labels: Tensor, first: int = 0, weight: float = 1.0) -> Tensor:
+    """CE(f(x'), y), or over two wings weight CE(f_F(x'_1), y_1) + CE(f_A(x'_2), y_2), each a mean over its pictures.
+
+    attacked: logits [B, C], of which the first wing's are the first `first`; labels [B].
+    """
+    return torch.stack(
+        [share * F.cross_entropy(attacked[wing], labels[wing]) for wing, share in _wings(first, weight)]
+    ).sum()
+
+
+def trades_loss(
+    clean: Tensor,
+    attacked: Tensor,
+    labels: Tensor,
+    beta: float,
+    first: int = 0,
+    weight: float = 1.0,
+    divergence_mean: Literal["batch", "wing"] = "batch",
+) -> Tensor:
+    """CE(f(x), y) + beta KL(f(x) || f(x')), or over two wings, weighted and split as in at_loss, the sum of both.
+
+    clean, attacked: logits [B, C]. The gradient reaches both. divergence_mean: each wing's divergences are divided by
+    B, as TWINS' authors do, or by the wing's number of pictures.
+    """
+    terms = []
+    for wing, share in _wings(first, weight):
+        log_p, log_q = F.log_softmax(clean[wing], -1), F.log_softmax(attacked[wing], -1)
+        divergence = (log_p.exp() * (log_p - log_q)).sum() / len(clean if divergence_mean == "batch" else log_p)
+        terms.append(share * (F.cross_entropy(clean[wing], labels[wing]) + beta * divergence))
+    return torch.stack(terms).sum()
+
+
+def _wings(first: int, weight: float) -> list[tuple[slice, float]]:
+    second = (slice(first, None), 1.0)
+    return [(slice(first), weight), second] if first else [second]
