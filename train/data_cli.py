@@ -38,7 +38,9 @@ def main() -> None:
     drawn.add_argument("--seed", type=int, default=0, help="of the split of things into parts (default 0)")
     check = commands.add_parser("check", help="pictures per class and split, and the files that are none")
     check.add_argument(
-        "data", help="fashion-mnist, renditions, digits, a directory of class folders, or a .csv manifest"
+        "data",
+        help="fashion-mnist, renditions, digits, a directory of class folders or of a Hugging Face dataset, a .csv "
+        "manifest, or a pattern of .tar shards",
     )
     check.add_argument("--seed", type=int, default=0, help="of the splits (default 0)")
     check.add_argument("--strict", action="store_true", help="fail where a file is unreadable")

@@ -182,11 +182,11 @@ class Run:
                 )
             cost, figures = Cost(), dict[str, float]()
             if settings.schedule is not None:
-                check = partial(self.feed.glance, _through(inlet, model))
                 # Shares the model's tensors.
                 tuned = model if settings.depth == "all" else self._classifier(model, own).tune(settings.depth)
-                loss = objective(_through(inlet, tuned))
-                cost, figures = self._fit(name, tuned, settings.schedule, loss, mark, check=check)
+                seen = _through(inlet, tuned)
+                check = partial(self.feed.glance, seen)
+                cost, figures = self._fit(name, tuned, settings.schedule, objective(seen), mark, check=check)
             directory.mkdir(parents=True, exist_ok=True)
             once(lambda: save_tensors(directory / MODEL, model.state_dict()))
             self._finish(name, directory, mark, cost, figures)
