@@ -26,6 +26,8 @@ MAX_UNSENT = 1 << 20
 """Bytes that may wait in a connection for a client that does not read; beyond it answers wait in the http2 part."""
 HANDSHAKE_SECONDS = 20.0
 """How long a client may take to begin."""
+PARTING_SECONDS = 1.0
+"""How long a client may take to close a connection that takes no more calls."""
 
 
 class Details(NamedTuple):
@@ -50,6 +52,7 @@ class Connection(asyncio.BufferedProtocol):
         self._heard = False
         self._pinged = False
         self._draining = False
+        self._parted = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
@@ -146,10 +149,15 @@ class Connection(asyncio.BufferedProtocol):
     def _flush(self) -> None:
         if self._transport is None:
             return
-        if data := self._http2.output():
+        data = self._http2.output()
+        if data and not self._parted:
             self._transport.write(data)
-        if self._draining and not self._http2.streams:
-            self._transport.close()
+        if self._draining and not self._parted and not self._http2.streams:
+            # Closed now, with something of the client's still unread, the system would reset the connection, and the
+            # client could lose the last answer. So the client is told, and what it sends until it closes is read.
+            self._parted = True
+            self._transport.write_eof()
+            self._later(PARTING_SECONDS, self.close)
 
     def _begin(self, stream: int, data: bytes) -> None:
         found = self._server.read(data)

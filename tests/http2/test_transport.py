@@ -373,6 +373,54 @@ def test_an_old_connection_is_ended_between_calls(ours: Callable[..., Running]) 
     assert running.unary("Echo")(b"a new one", timeout=10) == b"a new one"
 
 
+def test_what_a_client_sends_at_the_end_does_not_cost_it_the_last_answer(ours: Callable[..., Running]) -> None:
+    running = ours(age=0.2)
+    call = RawCall(running.port, {":path": "/test.Test/Wait"})
+    call.send(message(b"late"))
+    assert running.started.wait(10)
+    time.sleep(0.4)
+    blocked, sent = threading.Event(), threading.Event()
+
+    def block() -> None:
+        """The call ends before the loop reads what came meanwhile."""
+        (connection,) = running.server.connections
+        blocked.set()
+        assert sent.wait(10)
+        connection.calls[1].end(grpc.StatusCode.ABORTED, "over")
+
+    running.loop.call_soon_threadsafe(block)
+    assert blocked.wait(10)
+    call.socket.sendall(b"\0\x40\0\x7f\0\0\0\0\0" + bytes(1 << 14))  # of a kind that is to be ignored
+    sent.set()
+    received = b""
+    while data := call.socket.recv(65536):  # a reset would raise
+        received += data
+    assert ended(received, 1)
+
+
+def ended(data: bytes, stream: int) -> bool:
+    """Whether the last frame of a stream is among the frames that were received."""
+    while len(data) >= 9:
+        length, flags = int.from_bytes(data[:3], "big"), data[4]
+        if data[3] == 1 and flags & 1 and int.from_bytes(data[5:9], "big") == stream:
+            return True
+        data = data[9 + length :]
+    return False
+
+
+def test_a_client_that_does_not_part_is_left(ours: Callable[..., Running], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transport, "PARTING_SECONDS", 0.2)
+    running = ours(age=0.1)
+    with socket.create_connection(("127.0.0.1", running.port), 10) as staying:
+        staying.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\x04\0\0\0\0\0")
+        while staying.recv(65536):
+            pass
+        end = time.monotonic() + 10
+        while running.server.connections:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+
+
 def test_a_name_with_addresses_of_both_families_has_one_port(ours: Callable[..., Running]) -> None:
     running = ours()
 
