@@ -285,6 +285,19 @@ def test_autoattack_of_few_classes_tries_every_wrong_one(classes: int) -> None:
     assert not wrong[distance > 1.02 * eps].any()
 
 
+def test_autoattack_warns_of_each_thing_once(caplog: pytest.LogCaptureFixture) -> None:
+    pytest.importorskip("pyautoattack", reason="pip install 'trivium[eval]'")
+
+    def flat(x: Tensor) -> Tensor:
+        return torch.tensor([1.0, 0.5, 0.2, 0.0]) + 0 * x.flatten(1)[:, :4]
+
+    x, labels = torch.rand(4, 3, 4, 4, generator=generator()), torch.zeros(4, dtype=torch.long)
+    assert torch.equal(autoattack(flat, x, labels, "linf", 0.1, batch=2, attacks=("apgd-ce", "apgd-t")), x)
+    messages = [record.getMessage() for record in caplog.records]
+    assert any("zero gradient" in message for message in messages)
+    assert len(messages) == len(set(messages))
+
+
 def test_without_the_package_autoattack_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pyautoattack", None)
     with pytest.raises(ConfigError, match=r"pip install 'trivium\[eval\]'"):

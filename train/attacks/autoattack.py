@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Sequence
 
@@ -27,6 +28,19 @@ class Callback(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.function(x)
+
+
+class Once(logging.Filter):
+    """Lets a message through the first time; the package repeats its warnings for every batch and target."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        new = record.getMessage() not in self.seen
+        self.seen.add(record.getMessage())
+        return new
 
 
 def require() -> None:
@@ -70,7 +84,8 @@ def autoattack(
     with torch.no_grad():
         classes = logits(x[:1]).shape[1]
     chosen = [name for name in attacks or STANDARD if name != "apgd-t" or classes >= 4]
-    tracer = sys.gettrace()
+    tracer, once, logger = sys.gettrace(), Once(), logging.getLogger("auto-attack")
+    logger.addFilter(once)
     # the package seeds torch's global generators
     with torch.random.fork_rng([x.device] if x.is_cuda else []):
         adversary = AutoAttack(
@@ -87,5 +102,6 @@ def autoattack(
             found, _ = adversary.run_standard_evaluation(x, labels, batch_size=batch)
         finally:
             sys.settrace(tracer)  # its check for gradients within the model leaves none
+            logger.removeFilter(once)
     result: Tensor = found
     return result
