@@ -7,6 +7,9 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
+
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 WHY_NOT = "no Chromium on this machine: apt-get install chromium"
 
@@ -31,7 +34,9 @@ def overflow(page: Path, width: int) -> int:
     )  # fmt: skip
     console = [line for line in done.stderr.splitlines() if ":CONSOLE" in line]
     assert len(console) == 1, done.stderr[-2000:]
-    assert page.with_name("shot.png").stat().st_size > 20_000
+    picture = np.asarray(Image.open(page.with_name("shot.png")).convert("L"))
+    assert picture.shape[1] == width
+    assert picture.std() > 5
     found = re.search(r"WIDTH (-?\d+)", console[0])
     assert found is not None
     return int(found[1])

@@ -41,6 +41,8 @@ class Cost(BaseModel):
     cpu_seconds: float = 0.0
     """Of all threads of the process."""
     wall_seconds: float = 0.0
+    gpu_seconds: float = 0.0
+    """Wall seconds times graphics cards; 0 of what ran on none."""
     pictures: int = 0
     """Pictures learned from, counted each time."""
     epochs: int = 0

@@ -206,7 +206,9 @@ def fit(stage: Stage, machine: Machine, watch: Watch) -> tuple[Cost, dict[str, f
                     figures = {"loss": total / steps, **stage.check()}
                 used, pictures_seen = time.process_time() - cpu, sum(len(batch) for batch in batches)
                 cost.cpu_seconds += summed([used])[0]
-                cost.wall_seconds += time.monotonic() - wall
+                elapsed = time.monotonic() - wall
+                cost.wall_seconds += elapsed
+                cost.gpu_seconds += elapsed * processes() if machine.device.type == "cuda" else 0.0
                 cost.pictures += pictures_seen
                 cost.epochs = epoch + 1
                 _save(stage, optimizer, scaler, average, epoch, cost, figures)

@@ -392,16 +392,18 @@ def source_of(weights: str) -> str:
 
 def cost_table(costs: dict[str, Cost]) -> Table:
     """What each stage took."""
-    table = Table(title="cost")
-    for column in ("stage", "CPU s", "wall s", "epochs", "pictures", "tuned parameters"):
-        table.add_column(column, justify="left" if column == "stage" else "right")
     total = Cost(
         cpu_seconds=sum(cost.cpu_seconds for cost in costs.values()),
         wall_seconds=sum(cost.wall_seconds for cost in costs.values()),
+        gpu_seconds=sum(cost.gpu_seconds for cost in costs.values()),
         pictures=sum(cost.pictures for cost in costs.values()),
     )
+    card = ["GPU s"] if total.gpu_seconds else []
+    table = Table(title="cost")
+    for column in ("stage", "CPU s", "wall s", *card, "epochs", "pictures", "tuned parameters"):
+        table.add_column(column, justify="left" if column == "stage" else "right")
     for name, cost in {**costs, "all": total}.items():
-        row = (cost.cpu_seconds, cost.wall_seconds)
+        row = (cost.cpu_seconds, cost.wall_seconds, *([cost.gpu_seconds] if card else []))
         counts = (cost.epochs, cost.pictures, cost.parameters)
         table.add_row(name, *(f"{value:.1f}" for value in row), *(f"{value:,}" if value else "" for value in counts))
     return table

@@ -188,7 +188,7 @@ def test_a_run_is_found_by_file_directory_or_name(write: Callable[..., Path], tm
     for seed in (0, 1):
         write("a", seed)
     root = tmp_path / "runs" / "a"
-    assert [run.seed for run in read_runs([str(root)])] == [0, 1]
+    assert [run.results.run_seed for run in read_runs([str(root)])] == [0, 1]
     # once is enough
     assert len(read_runs([str(root), str(root / "0"), str(root / "0" / "results.json")])) == 2
     assert {run.name for run in read_runs([f"ours={root}"])} == {"ours"}

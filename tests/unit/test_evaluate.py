@@ -218,7 +218,7 @@ def test_labels_follow_class_names(folder: Path, tiny_bundle: Path) -> None:
     pictures = load_pictures(DataSpec(kind="imagefolder", root=folder), "test", preprocessing)
     backwards = labels_for(pictures, CLASSES[::-1])
     assert (backwards == 9 - pictures.labels).all()
-    with pytest.raises(ConfigError, match="1 classes that the model does not know, say 'class 0'"):
+    with pytest.raises(ConfigError, match=r"1 of 10 classes are none of the model's 9, .* say 'class 0'"):
         labels_for(pictures, CLASSES[1:])
 
 
@@ -236,7 +236,7 @@ def test_mistakes_are_one_line(tiny_bundle: Path, folder: Path, tmp_path: Path, 
         ([tmp_path], ConfigError, "neither a bundle"),
         ([tiny_bundle], ConfigError, "name it with --data"),
         ([tiny_bundle, "--data", tmp_path / "nowhere"], ConfigError, "neither fashion-mnist"),
-        ([tiny_bundle, "--data", "digits"], ConfigError, "does not know, say '0'"),
+        ([tiny_bundle, "--data", "digits"], ConfigError, "none of the model's 10, by name or WordNet id, say '0'"),
         ([tiny_bundle, "--data", folder, "--leave-out", "rain"], ConfigError, "no corruption 'rain'"),
         (
             [tiny_bundle, "--data", folder, "--leave-out", *TEST_CORRUPTIONS],

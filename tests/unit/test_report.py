@@ -1,14 +1,13 @@
 """The report: whole in itself, true to the results, safe against names, and quiet in a real browser."""
 
 import re
-import shutil
-import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from tests.browser import CHROMIUM, WHY_NOT, overflow
 
 from trivium.runtime.bundle import Calibration
 from trivium.train.data.pictures import DataSpec, load_pictures
@@ -19,7 +18,6 @@ from trivium.train.evaluation.report import heat, percent, render, signed, style
 from trivium.train.evaluation.results import Results
 from trivium.train.evaluation.subject import BundleSubject
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 NASTY = '<script>alert(1)</script> & "co"'
 
 
@@ -63,7 +61,8 @@ def made(tmp_path_factory: pytest.TempPathFactory, tiny_bundle: Path, some_pictu
             Image.fromarray(np.roll(some_pictures[i], i, 0)).save(target / "0.png")
     subject = BundleSubject(str(tiny_bundle))
     pictures = load_pictures(DataSpec(kind="imagefolder", root=root), "test", subject.manifest.preprocessing)
-    results, _ = evaluate(subject, pictures, original=subject)
+    outside = {"digits": load_pictures(DataSpec(kind="digits", limit=20), "test", subject.manifest.preprocessing)}
+    results, _ = evaluate(subject, pictures, original=subject, styles=True, outside=outside)
     row = {"router": "combined", "accuracy": 0.8, "accuracy_clean": 0.9, "accuracy_shifted": 0.7, "difference": 0.0,
            "difference_low": 0.0, "difference_high": 0.0, "may_lose_on": ""}  # fmt: skip
     record = Calibration(
@@ -130,7 +129,8 @@ def test_the_album_shows_the_same_things_in_every_style(same_things: Album) -> N
 
 
 def test_the_page_shows_the_album(made, same_things: Album) -> None:  # type: ignore[no-untyped-def]
-    text = " ".join(parsed(render(*made, same_things)).text)
+    results, samples = made
+    text = " ".join(parsed(render(results, samples, same_things)).text)
     assert "The same things in other styles" in text
     for word in (*(thing.replace("-", " ") for thing in same_things.things), "oil", "soot", "coal"):
         assert word in text
@@ -163,6 +163,13 @@ def test_the_page_shows_the_numbers(made) -> None:  # type: ignore[no-untyped-de
         assert percent(each.accuracy.corrupted) in text
     for kind in results.corruptions:
         assert kind.replace("_", " ") in text
+    for name, shift in results.shifts.items():
+        assert name.replace("_", " ") in text
+        assert percent(shift.answerers["combined"].accuracy) in text
+    assert results.mce is not None
+    assert f"{results.mce.values['blend']:.1f}" in text
+    for value in results.ood["digits"].auroc.values():
+        assert f"{value:.3f}" in text
     assert "it was best" in text
     assert "1,234" in text
     assert page.tags.count("svg") >= 15 + len(results.entropy) + len(results.head_share)
@@ -183,7 +190,8 @@ def test_the_page_does_without_what_is_absent(made) -> None:  # type: ignore[no-
         for each in results.answerers
         if each.role != "original"
     ]
-    page = parsed(render(results.model_copy(update={"answerers": bare, "calibration": None, "costs": {}}), []))
+    nothing: dict[str, object] = {"calibration": None, "costs": {}, "mce": None, "shifts": {}, "ood": {}}
+    page = parsed(render(results.model_copy(update={"answerers": bare, **nothing}), []))
     text = " ".join(page.text)
     assert "no original classifier to compare with" in text
     assert "How the router was chosen" not in text
@@ -213,31 +221,12 @@ def test_large_pictures_are_scaled_down_and_small_ones_kept() -> None:
     assert len(large) < 4 * LARGEST * LARGEST
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: apt-get install chromium")
+@pytest.mark.skipif(CHROMIUM is None, reason=WHY_NOT)
 @pytest.mark.parametrize("width", [1280, 800])
 def test_a_browser_has_nothing_to_complain_about(  # type: ignore[no-untyped-def]
     made, same_things: Album, width: int, tmp_path: Path
 ) -> None:
-    page, shot = tmp_path / "report.html", tmp_path / "shot.png"
+    page = tmp_path / "report.html"
     results, samples = made
     write_report(results, samples, page, same_things)
-    # the page reports its own layout: a body wider than the window would scroll sideways
-    probe = "<script>console.log('WIDTH', document.documentElement.scrollWidth)</script></body>"
-    page.write_text(page.read_text().replace("</body>", probe))
-    done = subprocess.run(
-        [
-            str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync",
-            "--disable-background-networking", "--disable-component-update", "--enable-logging=stderr",
-            f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},2000", f"--screenshot={shot}",
-            page.as_uri(),
-        ],
-        capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
-    console = [line for line in done.stderr.splitlines() if ":CONSOLE" in line]
-    assert len(console) == 1, done.stderr[-2000:]
-    found = re.search(r"WIDTH (\d+)", console[0])
-    assert found is not None
-    assert int(found[1]) <= width
-    picture = np.asarray(Image.open(shot).convert("L"))
-    assert picture.shape[1] == width
-    assert picture.std() > 5
+    assert overflow(page, width) <= 0

@@ -155,7 +155,7 @@ def reader_of(name: str, root: Path) -> str:
     return "manifest" if root.is_file() else "class folders"
 
 
-def match(folders: Sequence[str], classes: Sequence[str], where: str) -> NDArray[np.int64]:
+def match(folders: Sequence[str], classes: Sequence[str], where: str, by_index: bool = True) -> NDArray[np.int64]:
     """The model's class of each folder: by name, else by WordNet id, else by index, whichever fits them all.
 
     Raises: ConfigError in one line where none does.
@@ -165,14 +165,14 @@ def match(folders: Sequence[str], classes: Sequence[str], where: str) -> NDArray
     if all(WNID.fullmatch(folder) for folder in folders):
         by_id = _index_by_wnid(tuple(classes))
         tries.append([by_id.get(folder, -1) for folder in folders])
-    if all(folder.isdecimal() for folder in folders):
+    if by_index and all(folder.isdecimal() for folder in folders):
         tries.append([int(folder) if int(folder) < len(classes) else -1 for folder in folders])
     best = max(tries, key=lambda found: sum(i >= 0 for i in found))
     missing = [folder for folder, i in zip(folders, best, strict=True) if i < 0]
     if missing:
         raise ConfigError(
-            f"{where}: {len(missing)} of {len(folders)} classes are none of the model's {len(classes)}, by name, "
-            f"WordNet id or index, say {missing[0]!r}"
+            f"{where}: {len(missing)} of {len(folders)} classes are none of the model's {len(classes)}, by name"
+            f"{', WordNet id or index' if by_index else ' or WordNet id'}, say {missing[0]!r}"
         )
     if repeated := [i for i, times in Counter(best).items() if times > 1]:
         raise ConfigError(f"{where}: several of its classes are the model's class {classes[repeated[0]]!r}")

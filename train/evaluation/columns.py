@@ -110,14 +110,13 @@ def outside_columns(runs: Sequence[Results]) -> list[Column]:
         def found(r: Results, a: Answerer) -> float | None:
             if data not in r.ood:
                 return None
+            auroc = r.ood[data].auroc
             if a.role == "original":
-                values = [r.ood[data].auroc.get(f"{score}, {ORIGINAL}")]
+                values = [auroc.get(f"{score}, {ORIGINAL}")]
+            elif score in DROPOUT_SCORES:
+                values = [value for name, value in auroc.items() if name.startswith(f"{score}, ")]
             else:
-                values = [
-                    value
-                    for name, value in r.ood[data].auroc.items()
-                    if name == score or (score in DROPOUT_SCORES and name.startswith(f"{score}, "))
-                ]
+                values = [auroc.get(score, auroc.get(f"{score}, {r.model.default_router}"))]
             return _mean(values)
 
         return found

@@ -5,8 +5,6 @@ from __future__ import annotations
 import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import version
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -21,6 +19,7 @@ from ..data.shift_sets import ShiftSet
 from ..shifts.corruptions import SEVERITIES, TEST_CORRUPTIONS
 from ..shifts.styles import STYLES
 from . import metrics
+from .record import costs, package_versions, trained_on, training_seed
 from .results import (
     Answerer,
     Bounds,
@@ -40,7 +39,6 @@ from .shifted import COVERAGE, difference, mean_corruption_error, measure_outsid
 from .subject import Subject
 from .tally import CLEAN, ORIGINAL, Tally, ask, choose_pictures, variants
 
-PACKAGES = ("trivium", "torch", "timm", "numpy", "onnxruntime", "scikit-learn")
 ENTROPY_BINS = 30
 LEAST_GAP = 5e-4
 """Of accuracy; no share of a smaller gap is worth naming."""
@@ -330,29 +328,6 @@ def histogram(tally: Tally, head: str, classes: int, excluded: Sequence[str]) ->
         clean=shares(tally.clean.scores[score][0]),
         corrupted=shares(tally.scores[score][counted(tally, excluded)]),
     )
-
-
-def trained_on(manifest: Manifest) -> list[str]:
-    """Kinds of shifted views that the recipe trains on, where the model's record holds its recipe."""
-    shifts = (manifest.provenance.get("recipe") or {}).get("shifts") or {}
-    return [kind for kind in ("augmix", "pixmix", "structural") if shifts.get(kind)]
-
-
-def training_seed(manifest: Manifest) -> int | None:
-    """The recipe's, where the model's record holds it."""
-    seed = (manifest.provenance.get("recipe") or {}).get("seed")
-    return seed if isinstance(seed, int) else None
-
-
-def costs(manifest: Manifest) -> dict[str, dict[str, float]]:
-    """Training stage -> what it took, where the model's record says it."""
-    found = manifest.training.get("costs") or {}
-    return {stage: dict(cost) for stage, cost in found.items() if isinstance(cost, dict)}
-
-
-def package_versions() -> dict[str, str]:
-    """Versions of the packages that shape the numbers; those that are not installed are left out."""
-    return {name: version(name) for name in PACKAGES if find_spec(name.replace("scikit-learn", "sklearn"))}
 
 
 def _mix(values: Two) -> float:

@@ -285,6 +285,11 @@ class Results(Section):
     def default(self) -> Answerer:
         return next(each for each in self.answerers if each.default)
 
+    @property
+    def run_seed(self) -> int:
+        """Of training where it is known, else of the evaluation."""
+        return self.seed if self.model.training_seed is None else self.model.training_seed
+
 
 def write_results(results: Results, path: Path) -> None:
     path.write_text(json.dumps(results.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -34,12 +34,6 @@ class Run:
     path: Path
     results: Results
 
-    @property
-    def seed(self) -> int:
-        """Of training where it is known, else of the evaluation."""
-        seed = self.results.model.training_seed
-        return self.results.seed if seed is None else seed
-
 
 @dataclass(frozen=True)
 class Row:
@@ -101,10 +95,11 @@ def read_runs(arguments: Sequence[str]) -> list[Run]:
                 runs.append(Run(name or results.model.name, path, results))
     taken: dict[tuple[str, str, int], Path] = {}
     for run in runs:
-        key = (run.results.data.model_dump_json(), run.name, run.seed)
+        seed = run.results.run_seed
+        key = (run.results.data.model_dump_json(), run.name, seed)
         if key in taken:
             raise ConfigError(
-                f"{taken[key]} and {run.path} are both {run.name} with seed {run.seed}: give one another name, "
+                f"{taken[key]} and {run.path} are both {run.name} with seed {seed}: give one another name, "
                 f"NAME={run.path}"
             )
         taken[key] = run.path
@@ -176,7 +171,7 @@ def document(comparisons: Sequence[Comparison]) -> dict[str, Any]:
                 "data": found.runs[0].data.model_dump(),
                 "rows": {
                     row.name: {
-                        "seeds": [run.seed if (s := run.model.training_seed) is None else s for run in row.runs],
+                        "seeds": [run.run_seed for run in row.runs],
                         "default_routers": [run.model.default_router for run in row.runs],
                     }
                     for row in found.rows
@@ -234,7 +229,7 @@ def _comparison(group: Sequence[Run]) -> Comparison:
                     f"{getattr(run.results, what)}"
                 )
     by_name: dict[str, list[Results]] = {}
-    for run in sorted(group, key=lambda run: run.seed):
+    for run in sorted(group, key=lambda run: run.results.run_seed):
         by_name.setdefault(run.name, []).append(run.results)
     answerers = []
     for name, runs in by_name.items():
@@ -255,13 +250,13 @@ def _comparison(group: Sequence[Run]) -> Comparison:
 def _originals(by_name: dict[str, list[Results]]) -> list[Row]:
     """The original classifiers that stand beside what was made of them: one row where the runs of a seed agree."""
     have: dict[str, list[Results]] = {}
-    distinct: dict[tuple[int | None, float, float], Results] = {}
+    distinct: dict[tuple[int, float, float], Results] = {}
     for name, runs in by_name.items():
         for run in runs:
             own = next((each for each in run.answerers if each.role == "original" and not each.default), None)
             if own is not None:
                 have.setdefault(name, []).append(run)
-                distinct.setdefault((run.model.training_seed, own.accuracy.clean, own.accuracy.corrupted), run)
-    if len(distinct) <= len({run.model.training_seed for run in distinct.values()}):
+                distinct.setdefault((run.run_seed, own.accuracy.clean, own.accuracy.corrupted), run)
+    if len(distinct) <= len({run.run_seed for run in distinct.values()}):
         return [Row("original", list(distinct.values()), ORIGINAL)] if distinct else []
     return [Row(f"{name}: original", runs, ORIGINAL) for name, runs in have.items()]

@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 
 from trivium.kernels import HeadStatistics
 from trivium.runtime.bundle import Manifest
-from trivium.runtime.errors import ConfigError
 from trivium.runtime.router import route, routers, symmetric_divergence
 
 from ..data.pictures import Pictures
+from ..data.shift_sets import match
 from ..shifts.corruptions import SEVERITIES, TEST_CORRUPTIONS, corrupt
 from ..shifts.styles import STYLES, restyle
 from . import metrics
@@ -94,10 +94,8 @@ def labels_for(pictures: Pictures, classes: Sequence[str]) -> NDArray[np.int64]:
     """
     if list(pictures.classes) == list(classes):
         return pictures.labels
-    place = {name: i for i, name in enumerate(classes)}
-    if unknown := [name for name in pictures.classes if name not in place]:
-        raise ConfigError(f"the data has {len(unknown)} classes that the model does not know, say {unknown[0]!r}")
-    return np.array([place[name] for name in pictures.classes])[pictures.labels]
+    # not by index: other data of as many classes would pass for this one
+    return match(pictures.classes, classes, "the data", by_index=False)[pictures.labels]
 
 
 def ask(
@@ -149,12 +147,12 @@ def count(
             tally.voices += sorted(set(answered_by) - set(tally.voices))
             places = np.array([tally.voices.index(label) for label in answered_by])
             tally.put(tally.answered_by, name, v, rows, places)
-        if name == manifest.router.default:
-            tally.put(tally.scores, "1 - max probability", v, rows, 1 - probabilities.max(1))
-            tally.put(tally.scores, "predictive entropy", v, rows, entropy(probabilities))
-        if name in manifest.heads or name == ORIGINAL:
-            tally.put(tally.scores, f"1 - max probability, {name}", v, rows, 1 - probabilities.max(1))
-            tally.put(tally.scores, f"predictive entropy, {name}", v, rows, entropy(probabilities))
+        # the default's, and again by name those of heads; the only head of a model needs no mention twice
+        named = [f", {name}"] if name in manifest.heads or name == ORIGINAL else []
+        routed = [""] if name == manifest.router.default and len(manifest.heads) > 1 else []
+        for whose in routed + named:
+            tally.put(tally.scores, f"1 - max probability{whose}", v, rows, 1 - probabilities.max(1))
+            tally.put(tally.scores, f"predictive entropy{whose}", v, rows, entropy(probabilities))
         given, shares = (probabilities.argmax(1), probabilities) if read is None else read(probabilities)
         tally.put(tally.class_id, name, v, rows, given)
         tally.put(tally.confidence, name, v, rows, shares[np.arange(len(given)), given])
