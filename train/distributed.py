@@ -25,7 +25,7 @@ from trivium.runtime.errors import ConfigError, ServerError, TriviumError
 Parallel = Literal["auto", "ddp", "fsdp"]
 TIMEOUT = timedelta(minutes=30)
 """For a process that hangs; one that ended is noticed at once."""
-GRACE_S = 3.0
+GRACE_S = 10.0
 """What one process found wrong, all find; the others give the first this long to say it for all of them."""
 BYTES = 16
 """Of a parameter in training: weight, gradient, two moments, float32."""
