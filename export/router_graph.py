@@ -163,14 +163,14 @@ def paper(fold: Fold) -> tuple[str, str]:
     divergence = fold.symmetric_divergence(clean, robust)
     agree = fold.op("LessOrEqual", divergence, fold.constant(rule.divergence_threshold))
     relative = {
-        head: fold.op("Div", fold.exact(rule.uncertainty, fold.place(head)), fold.constant(rule.entropy_scale[head]))
-        for head in rule.among
+        name: fold.op("Div", fold.exact(rule.uncertainty, fold.place(name)), fold.constant(rule.entropy_scale[name]))
+        for name in rule.among
     }
     surest, least = fold.integers(fold.place(rule.among[0])), relative[rule.among[0]]
-    for head in rule.among[1:]:
-        surer = fold.op("LessOrEqual", least, relative[head])
-        surest = fold.op("Where", surer, surest, fold.integers(fold.place(head)))
-        least = fold.op("Where", surer, least, relative[head])
+    for name in rule.among[1:]:
+        surer = fold.op("LessOrEqual", least, relative[name])
+        surest = fold.op("Where", surer, surest, fold.integers(fold.place(name)))
+        least = fold.op("Where", surer, least, relative[name])
     head = fold.op("Where", agree, fold.integers(combined), surest)
     return fold.chosen(head), head
 
