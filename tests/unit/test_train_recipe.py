@@ -9,7 +9,7 @@ from trivium.runtime.errors import ConfigError
 from trivium.train.recipe import keys, load_recipe, presets
 
 
-@pytest.mark.parametrize("name", ["demo", "fashion-mnist", "imagefolder"])
+@pytest.mark.parametrize("name", ["demo", "fashion-mnist", "imagefolder", "renditions"])
 def test_presets_are_valid(name):
     assert name in presets()
     recipe = load_recipe(name)
