@@ -26,7 +26,7 @@ ROWS: list[dict[str, Any]] = [
         "after": "base",
         "settings": {"seed": 1, "heads.sources": {"robust": "{runs}/base/{seed}/run"}},
     },
-    {"name": "third", "title": "third", "after": "second"},
+    {"name": "third", "title": "third", "after": "second", "charged": ["base"]},
 ]
 
 
@@ -53,6 +53,7 @@ def test_every_row_of_the_studies_that_come_along_is_a_recipe(name: str, tmp_pat
     [
         ({"rows": [ROWS[1]]}, "rows: second comes after base, which is no row before it"),
         ({"rows": [ROWS[0], ROWS[0]]}, "rows: two rows are called base"),
+        ({"rows": [ROWS[0] | {"charged": ["loud"]}]}, "base is charged for loud, which is no row before it"),
         ({"rows": []}, "rows: "),
         ({"colour": 1}, "colour: "),
     ],
@@ -166,6 +167,7 @@ def test_tables_hold_mean_and_spread_over_the_seeds(finished: Path) -> None:
     assert table["base"]["style"].values == pytest.approx([0.7, 0.7])
     assert tables.seen(found, jobs)["base"] == ["style"]  # training drew inverted views
     assert table["base"]["CPU s"].values == [12, 12]  # the original's 100 are not in it
+    assert table["third"]["CPU s"].values == [24, 24]
     assert "absent" not in table["base"]
     ratio, difference = tables.compare(found, table)
     assert ratio["mean"] == pytest.approx(1.0)

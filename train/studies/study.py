@@ -44,6 +44,8 @@ class Row(Section):
     after: str | None = None
     """A row that goes before, seed by seed: its finished stages are taken over, and so may be its run's weights, as
     {runs}/ROW/{seed}/run, which also names runs before that one."""
+    charged: tuple[str, ...] = ()
+    """Rows whose training counts among this one's costs, since it starts from their weights."""
     answerers: dict[str, str] | None = None
     """Rows of the table -> head or router of these runs; None: the title -> the default router."""
     evaluate: tuple[str, ...] = ()
@@ -99,6 +101,8 @@ class Study(Section):
                 raise ValueError(f"rows: two rows are called {row.name}")
             if row.after is not None and row.after not in met:
                 raise ValueError(f"rows: {row.name} comes after {row.after}, which is no row before it")
+            if unknown := [name for name in row.charged if name not in met]:
+                raise ValueError(f"rows: {row.name} is charged for {unknown[0]}, which is no row before it")
             met.append(row.name)
         return self
 

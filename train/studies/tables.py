@@ -38,7 +38,7 @@ EXPLAINED = (
     "% but for the cost; mean ± standard deviation over seeds {seeds}. mCA: mean accuracy over the corruptions that "
     "neither training nor calibration saw, five severities each. Flips: pictures that the original got right and the "
     "row gets wrong. ECE: expected calibration error. Acc. at 80 %: of the surest 80 % of the corrupted pictures. "
-    "AutoAttack is tried where PGD leaves more than 5 %. CPU s: of training all that a row needs, its original apart. "
+    "AutoAttack is tried where PGD leaves more than 5 %. CPU s: of training all that a row needs but its original. "
     "†: training drew views of this very kind."
 )
 
@@ -49,13 +49,17 @@ def tabulate(study: Study, jobs: Sequence[Job]) -> Table:
     Raises: ConfigError where a row names an answerer that its runs do not have.
     """
     table: Table = {}
+    known = {(job.row.name, job.seed): run for job in jobs if (run := job.results()) is not None}
     for row in study.rows:
-        runs = [job.results() for job in jobs if job.row is row]
-        found = [run for run in runs if run is not None]
-        if not found or len(found) < len(runs):
+        found = [known[row.name, seed] for seed in study.seeds if (row.name, seed) in known]
+        if len(found) < len(study.seeds):
             continue
+        parts = [[known.get((name, seed)) for name in (row.name, *row.charged)] for seed in study.seeds]
+        costs = [None if None in each else sum(_cost(run) for run in each if run is not None) for each in parts]
         for title, name in (row.answerers or {row.title: DEFAULT}).items():
             table[title] = _measured(study, found, title, name)
+            if name != ORIGINAL and (cost := spread(costs)):
+                table[title][COST] = cost
     return table
 
 
@@ -163,12 +167,7 @@ def _measured(study: Study, runs: Sequence[Results], title: str, name: str) -> d
         columns[column] = lambda run, answerer, kinds=kinds: _on_shifts(run, answerer, kinds)  # type: ignore[misc]
     for attack, column in ATTACKS.items():
         columns[column] = lambda run, answerer, attack=attack: _attacked(run, answerer, attack)  # type: ignore[misc]
-    row = {measure: found for measure, of in columns.items() if (found := spread([of(*pair) for pair in pairs]))}
-    if name != ORIGINAL:
-        found = spread([_cost(run) for run in runs])
-        assert found is not None
-        row[COST] = found
-    return row
+    return {measure: found for measure, of in columns.items() if (found := spread([of(*pair) for pair in pairs]))}
 
 
 def _on_shifts(run: Results, answerer: str, kinds: Sequence[str]) -> float | None:
