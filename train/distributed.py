@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import os
 import signal
-import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -25,8 +24,10 @@ from trivium.runtime.errors import ConfigError, ServerError, TriviumError
 Parallel = Literal["auto", "ddp", "fsdp"]
 TIMEOUT = timedelta(minutes=30)
 """For a process that hangs; one that ended is noticed at once."""
-GRACE_S = 10.0
-"""What one process found wrong, all find; the others give the first this long to say it for all of them."""
+GRACE_S = 30.0
+"""What one process finds wrong, all find; the others give the first this long to say it for all of them."""
+SAID = "trivium/said"
+"""Key of the store under which the first process leaves what it said."""
 BYTES = 16
 """Of a parameter in training: weight, gradient, two moments, float32."""
 
@@ -45,24 +46,32 @@ def joined(timeout: timedelta = TIMEOUT) -> Iterator[None]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         yield
         return
-    before = signal.signal(signal.SIGTERM, _stopped)
+    store, number, count = next(dist.rendezvous("env://", timeout=timeout))
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timeout)
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=timeout)
+        signal.signal(signal.SIGTERM, _stopped)
         yield
-    except ProcessLost:
-        raise
     except TriviumError as error:
-        if first():
-            raise
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(GRACE_S)
-        raise type(error)(f"process {rank()}: {error}") from None
+        lost = isinstance(error, ProcessLost)
+        if number == 0:
+            if not lost:
+                store.set(SAID, str(error))
+            raise
+        if _said(store, 0.1 if lost else GRACE_S):
+            raise SystemExit(error.exit_code) from None
+        if lost:
+            raise
+        raise type(error)(f"process {number}: {error}") from None
     except RuntimeError as error:  # what torch, gloo and NCCL raise has no type of its own
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "NCCL", "closed by peer")):
+            if number > 0 and _said(store, 0.1):
+                raise SystemExit(ProcessLost.exit_code) from None
             raise ProcessLost(_lost("cannot be reached any more")) from None
         raise
     finally:
-        signal.signal(signal.SIGTERM, before)
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -282,6 +291,15 @@ def _units(model: nn.Module) -> list[nn.Module]:
     everywhere = uses(model)
     inside = [(unit, uses(unit)) for unit in found]
     return [unit for unit, own in inside if own and all(everywhere[each] == count for each, count in own.items())]
+
+
+def _said(store: dist.Store, seconds: float) -> bool:
+    """Whether the first process has said what is wrong, or does so in this time."""
+    try:
+        store.wait([SAID], timedelta(seconds=seconds))
+    except RuntimeError:  # the time is up, or the store went with the first process
+        return False
+    return True
 
 
 def _stopped(signum: int, frame: Any) -> NoReturn:
