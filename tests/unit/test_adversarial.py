@@ -125,7 +125,7 @@ def training(tmp_path: Path, feed: Pictures, **settings: Any) -> tuple[nn.Module
     chosen = Adversarial.model_validate({"schedule": SCHEDULE, "attack": {"eps": 0.1, "steps": 3}, **settings})
     if chosen.wings != "single":
         spread_wings(net, freeze=chosen.wings == "twins")
-    return net, AdversarialTraining(feed, net, lambda: net, chosen, tmp_path, "mark")  # type: ignore[arg-type]
+    return net, AdversarialTraining(feed, net, lambda: net, chosen, tmp_path, "mark", [])  # type: ignore[arg-type]
 
 
 def test_the_attack_sees_the_adaptive_wing_in_evaluation(tmp_path, monkeypatch):
@@ -189,18 +189,21 @@ def test_settling_moves_only_adaptive_statistics_and_only_once(tmp_path):
         assert int(tracked) == count  # type: ignore[arg-type]
 
 
-def test_gradient_norm_is_that_of_whole_steps():
+def test_gradient_norms_are_those_of_whole_steps():
     layer = nn.Linear(3, 2)
-    norm = adversarial.GradientNorm(list(layer.parameters()))
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
     wanted = []
-    for step in range(3):
-        for part in range(2):  # a batch in two slices
-            norm.close()
-            layer(torch.ones(1, 3) * (step + part + 1)).square().sum().backward()
-        wanted.append(torch.cat([p.grad.flatten() for p in layer.parameters() if p.grad is not None]).norm().item())
-        layer.zero_grad(set_to_none=True)
-    assert norm.mean() == {"gradient_norm": pytest.approx(np.mean(wanted), rel=1e-6)}
-    assert norm.mean() == {}
+    with adversarial.gradient_norms() as norms:
+        for step in range(3):
+            for part in range(2):  # a batch in two slices
+                layer(torch.ones(1, 3) * (step + part + 1)).square().sum().backward()
+            wanted.append(torch.cat([p.grad.flatten() for p in layer.parameters() if p.grad is not None]).norm().item())
+            optimizer.step()
+            optimizer.zero_grad()
+    assert norms == pytest.approx(wanted, rel=1e-6)
+    layer(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    assert len(norms) == 3
 
 
 @pytest.mark.parametrize(("wings", "loss"), [("single", "at"), ("twins", "trades"), ("adaptive", "at")])

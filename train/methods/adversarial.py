@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..attacks.ball import Norm
 from ..attacks.pgd import cross_entropy, pgd
@@ -139,6 +141,7 @@ class AdversarialTraining:
         classifier: of the model, in every call (a model's parts are others while it is spread over processes):
             normalised pictures -> logits [B, C].
         directory, mark: where the best epoch so far is noted, and of what run it is.
+        norms: of the gradients of the steps since the last check (gradient_norms).
     """
 
     def __init__(
@@ -149,13 +152,17 @@ class AdversarialTraining:
         settings: Adversarial,
         directory: Path,
         mark: str,
+        norms: list[float],
     ) -> None:
         self.feed, self.model, self.classifier, self.settings = feed, model, classifier, settings
+        self.norms = norms
         self._best = directory / f"best-{mark[:16]}.safetensors"
         wings = tuple(f"{name}.first." for name, module in model.named_modules() if isinstance(module, TwinNorm))
-        tuned = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self._start = {name: p.detach().clone() for name, p in tuned.items() if not name.startswith(wings)}
-        self._gradients = GradientNorm(list(tuned.values()))
+        self._start = {
+            name: p.detach().clone()
+            for name, p in model.named_parameters()
+            if p.requires_grad and not name.startswith(wings)
+        }
         for norm in twin_norms(model):
             norm.adaptive.num_batches_tracked.zero_()  # type: ignore[union-attr]
 
@@ -164,7 +171,6 @@ class AdversarialTraining:
     ) -> tuple[Tensor, dict[str, float]]:
         """As the loop wants it."""
         settings, feed = self.settings, self.feed
-        self._gradients.close()
         # The count of batches is kept with the weights, so a resumed run does not settle twice.
         if settings.settle and not next(twin_norms(self.model)).adaptive.num_batches_tracked:
             self._settle(len(indices), generator)
@@ -201,8 +207,15 @@ class AdversarialTraining:
         now = dict(self.model.named_parameters())
         moved = [(whole(now[name].detach()) - start).float().square().sum() for name, start in self._start.items()]
         distance = torch.stack(moved).sum().sqrt().item()
-        figures = {"clean": clean, "pgd": robust, "best_gap": best - robust, "weight_distance": distance}
-        return figures | self._gradients.mean()
+        gradient = float(np.mean(self.norms)) if self.norms else 0.0
+        self.norms.clear()
+        return {
+            "clean": clean,
+            "pgd": robust,
+            "best_gap": best - robust,
+            "weight_distance": distance,
+            "gradient_norm": gradient,
+        }
 
     def finish(self) -> None:
         """Give the model what the recipe keeps, the final epoch or the best."""
@@ -244,32 +257,20 @@ class AdversarialTraining:
             self.feed.answer(self.classifier())(self._attack(x, self.feed.labels(indices), generator))
 
 
-class GradientNorm:
-    """Mean L2 norm of the whole gradient over the steps since it was last asked for; of several processes, of the
-    first one's part of the batch."""
+@contextmanager
+def gradient_norms() -> Iterator[list[float]]:
+    """Collects the L2 norm of the whole gradient, as clipped, of each step that an optimizer takes meanwhile."""
+    norms: list[float] = []
 
-    def __init__(self, parameters: list[nn.Parameter]) -> None:
-        self._squares: dict[Tensor, Tensor] = {}
-        self._norms: list[float] = []
-        for parameter in parameters:
-            parameter.register_post_accumulate_grad_hook(self._add)
+    def note(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        tuned = [p for group in optimizer.param_groups for p in group["params"]]
+        norms.append(whole(nn.utils.get_total_norm([p.grad for p in tuned if p.grad is not None])).item())
 
-    def close(self) -> None:
-        """Called before a backward pass: note the gradient of the step before, once that was taken."""
-        # The loop clears gradients after each step, not between the slices of a batch.
-        if self._squares and next(iter(self._squares)).grad is None:
-            self._norms.append(torch.stack(list(self._squares.values())).sum().sqrt().item())
-            self._squares.clear()
-
-    def mean(self) -> dict[str, float]:
-        """As a figure; none where no gradient came by (FSDP keeps its own parameters)."""
-        self.close()
-        norms, self._norms = self._norms, []
-        return {"gradient_norm": float(np.mean(norms))} if norms else {}
-
-    def _add(self, parameter: Tensor) -> None:
-        assert parameter.grad is not None
-        self._squares[parameter] = parameter.grad.detach().float().square().sum()
+    handle = register_optimizer_step_pre_hook(note)
+    try:
+        yield norms
+    finally:
+        handle.remove()
 
 
 def _divergence_from(answer: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
@@ -307,13 +308,14 @@ def _train(
     parts: Any,
     feed: Feed,
 ) -> None:
-    directory = run.out / name
-    training = AdversarialTraining(feed, model, classifier, settings, directory, fingerprint(run.common, parts))
-    run.stage(
-        name, model, settings.schedule, lambda: training.loss, parts,
-        kept=Student.is_tuned if isinstance(model, Student) else lambda key: True,
-        check=training.check, finish=training.finish, feed=feed,
-    )  # fmt: skip
+    directory, mark = run.out / name, fingerprint(run.common, parts)
+    with gradient_norms() as norms:
+        training = AdversarialTraining(feed, model, classifier, settings, directory, mark, norms)
+        run.stage(
+            name, model, settings.schedule, lambda: training.loss, parts,
+            kept=Student.is_tuned if isinstance(model, Student) else lambda key: True,
+            check=training.check, finish=training.finish, feed=feed,
+        )  # fmt: skip
 
     def forget() -> None:
         for file in directory.glob("best-*"):
