@@ -46,7 +46,11 @@ def main() -> None:
     """Evaluate as the command line says."""
     given = parser().parse_args()
     console = Console()
-    for option, count in (("--pictures", given.pictures), ("--attack-pictures", given.attack_pictures)):
+    for option, count in (
+        ("--pictures", given.pictures),
+        ("--attack-pictures", given.attack_pictures),
+        ("--autoattack-pictures", given.autoattack_pictures),
+    ):
         if count is not None and count < 1:
             raise ConfigError(f"{option} {count}: at least 1")
     threat = parse_threat(given.attack) if given.attack else None
@@ -84,6 +88,7 @@ def main() -> None:
                 answerers=given.attack_answerers,
                 curve=curve,
                 count=given.attack_pictures,
+                autoattack_count=given.autoattack_pictures,
                 seed=given.seed,
                 progress=progress,
             )
@@ -163,6 +168,9 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     p.add_argument(
         "--attack-pictures", type=int, default=500, metavar="N", help="pictures to attack, drawn by seed (default: 500)"
+    )
+    p.add_argument(
+        "--autoattack-pictures", type=int, metavar="N", help="those of them that AutoAttack is tried on (default: all)"
     )
     p.add_argument(
         "--eps-curve", default="", metavar="EPS,EPS...", help="further radii, for all attacks but AutoAttack: "

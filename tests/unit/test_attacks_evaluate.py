@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -159,6 +160,26 @@ def command(*arguments: object) -> None:
         evaluate_cli.main()
     finally:
         sys.argv = before
+
+
+def test_autoattack_may_be_tried_on_some_pictures(
+    system: System, pictures: Pictures, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[int] = []
+
+    def spoil(logits: Any, x: Tensor, labels: Tensor, *_: Any) -> Tensor:
+        tried.append(len(x))
+        return torch.rand(x.shape, generator=torch.Generator().manual_seed(1))
+
+    monkeypatch.setattr(adversarial, "autoattack", spoil)
+    found = attack_system(
+        system, pictures, Threat("linf", 0.1), attacks=("autoattack",), answerers=["full"], count=16, autoattack_count=4
+    )
+    bench = adversarial.Bench(system, torch.rand(16, 3, 8, 8), torch.zeros(16, dtype=torch.long), "linf", 0, 4)
+    assert (found.pictures, found.autoattack_pictures) == (16, 4)
+    assert bench.few.nonzero()[:, 0].tolist() == [0, 5, 10, 15]
+    assert sum(tried) <= 4
+    assert found.rows[0].accuracy in (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 def test_a_bundle_has_no_gradient(tiny_bundle: Path) -> None:

@@ -92,6 +92,7 @@ def attack_system(
     answerers: Sequence[str] | None = None,
     curve: Sequence[float] = (),
     count: int | None = None,
+    autoattack_count: int | None = None,
     seed: int = 0,
     progress: Tell | None = None,
 ) -> Attacks:
@@ -106,6 +107,7 @@ def attack_system(
             original, all heads and the default router.
         curve: further radii, for all attacks but AutoAttack.
         count: pictures to attack at most, drawn by seed.
+        autoattack_count: those of them that AutoAttack, which is slow, is tried on; None: all.
         progress: told (attacks done, attacks in all).
 
     Raises: ConfigError where an answerer is unknown, or data and model do not fit.
@@ -115,7 +117,7 @@ def attack_system(
     chosen = choose_pictures(pictures, count, seed)
     labels = torch.from_numpy(labels_for(pictures, system.manifest.classes)[chosen]).to(system.device)
     x = pictures.batch(chosen).to(system.device).float() / 255
-    bench = Bench(system, x, labels, threat.norm, seed)
+    bench = Bench(system, x, labels, threat.norm, seed, autoattack_count)
     radii = sorted({threat.eps, *curve})
     plan = [
         (target, attack, eps)
@@ -137,6 +139,7 @@ def attack_system(
         norm=threat.norm,
         eps=short(threat.eps),
         pictures=len(x),
+        autoattack_pictures=int(bench.few.sum()) if "autoattack" in attacks else None,
         seed=seed,
         steps={name: STEPS[name] for name in attacks},
         clean={target: short(bench.right[target].float().mean().item()) for target in targets},
@@ -185,8 +188,13 @@ def applies(system: System, answerer: str, attack: str) -> bool:
 class Bench:
     """Pictures under attack, and who is still right about them."""
 
-    def __init__(self, system: System, x: Tensor, labels: Tensor, norm: Norm, seed: int) -> None:
+    def __init__(
+        self, system: System, x: Tensor, labels: Tensor, norm: Norm, seed: int, few: int | None = None
+    ) -> None:
         self.system, self.x, self.labels, self.norm, self.seed = system, x, labels, norm, seed
+        self.few = torch.zeros(len(x), dtype=torch.bool)
+        """bool [N]: which pictures AutoAttack is tried on; spread over all, as they may lie class by class."""
+        self.few[torch.linspace(0, len(x) - 1, min(few or len(x), len(x))).round().long()] = True
         self.right = self._right(x, torch.arange(len(x)))
         """Answerer -> bool [N], on clean pictures."""
         self.robust: dict[tuple[str, str, float], Tensor] = {}
@@ -194,9 +202,11 @@ class Bench:
         self._transferred: dict[float, dict[str, Tensor]] = {}
 
     def accuracy(self, answerer: str, attack: str, eps: float) -> float:
-        """Under one attack; 1 where it has not been run."""
+        """Under one attack, on the pictures that it was tried on; 1 where it has not been run."""
         robust = self.robust.get((answerer, attack, eps))
-        return 1.0 if robust is None else short(robust.float().mean().item())
+        if robust is None:
+            return 1.0
+        return short((robust[self.few] if attack == "autoattack" else robust).float().mean().item())
 
     def run(self, answerer: str, attack: str, eps: float) -> None:
         """Attack an answerer and keep who stays right.
@@ -212,7 +222,7 @@ class Bench:
             if attack == "adaptive":
                 for name in ATTACKS:
                     robust &= self.robust.get((answerer, name, eps), robust)
-            rows = robust.nonzero()[:, 0]
+            rows = (robust & self.few if attack == "autoattack" else robust).nonzero()[:, 0]
             if len(rows):
                 found = self._craft(answerer, attack, eps, rows)
                 robust[rows] = self._right(found, rows)[answerer]

@@ -223,12 +223,14 @@ class Attacked(Section):
 
 
 class Attacks(Section):
-    """Accuracy under attack, all on the same pictures."""
+    """Accuracy under attack, all on the same pictures, but for AutoAttack, which may be tried on some of them."""
 
     norm: Literal["linf", "l2"]
     eps: float
     """The radius that was asked for, in units of pixels in [0, 1]; rows may hold others of a curve."""
     pictures: int
+    autoattack_pictures: int | None = None
+    """Those of them that AutoAttack was tried on; None: all, or it was not asked for."""
     seed: int
     steps: dict[str, int]
     """Attack -> gradient steps of an attempt."""
