@@ -43,7 +43,9 @@ format: venv  ## rewrite the sources in the house's format
 evaluate: venv  ## every method on two data sets with three seeds, up to three hours (train/RESULTS.md; goes on after a kill)
 	$(BIN)/trivium data fashion-mnist
 	$(BIN)/trivium data renditions
-	$(BIN)/trivium study fashion-mnist renditions --out build/studies --results train/RESULTS.json --page train/RESULTS.md
+	$(BIN)/python -m trivium.train.studies.trade_off --out build/studies --results build/studies/trade-off.json
+	$(BIN)/trivium study fashion-mnist renditions --out build/studies --trade-off build/studies/trade-off.json \
+	  --results train/RESULTS.json --page train/RESULTS.md
 
 bench: venv  ## CPU benchmarks into build/bench
 	$(BIN)/python -m tests.bench

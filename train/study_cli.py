@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
+import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -33,6 +36,9 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", metavar="ROW", help="only these, and those that they build on")
     parser.add_argument("--workers", type=int, help="runs at a time (default: one a core)")
     parser.add_argument("--no-runs", action="store_true", help="only write the tables of what is there")
+    parser.add_argument(
+        "--trade-off", type=Path, metavar="FILE.json", help="tables of python -m trivium.train.studies.trade_off, too"
+    )
     parser.add_argument("--results", type=Path, metavar="FILE.json", help="where the tables go")
     parser.add_argument("--page", type=Path, metavar="FILE.md", help="where they go as Markdown")
     given = parser.parse_args()
@@ -47,9 +53,22 @@ def main() -> None:
         own = [Job(study, row, seed, given.out) for row in study.rows for seed in study.seeds]
         found[study.name] = (study, own)
         jobs += own
+    # so that the runs under way are told to stop too
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     failures = [] if given.no_runs else carry_out(jobs, given.workers or usable_cpus(), console)
-    document = tables.document(found)
+    document = tables.document(found, read_trade_off(given.trade_off) if given.trade_off else None)
     tables.write(document, given.results, given.page)
     console.print(tables.page(document), markup=False, highlight=False, soft_wrap=True)
     if failures:
         raise ClientError(f"{len(failures)} runs failed, the first: {failures[0]}")
+
+
+def read_trade_off(path: Path) -> dict[str, Any]:
+    """Raises: ConfigError where it is not what studies.trade_off wrote."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: {getattr(error, 'strerror', None) or 'no valid JSON'}") from None
+    if not isinstance(found, dict) or found.get("format") != "trivium-trade-off":
+        raise ConfigError(f"{path}: not the results of trivium.train.studies.trade_off")
+    return found

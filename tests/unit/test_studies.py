@@ -179,6 +179,17 @@ def test_tables_hold_mean_and_spread_over_the_seeds(finished: Path) -> None:
     assert "- second against base, clean: +1.0 ± 0.0 points" in text
 
 
+def test_the_trade_off_has_a_table_of_its_own() -> None:
+    cell = {"mean": 0.5, "deviation": 0.01, "values": [0.49, 0.5, 0.51]}
+    gain = {"mean": 0.02, "deviation": 0.01, "values": [0.01, 0.02, 0.03]}
+    differences = {name: {**gain, "intervals": [[0.0, -0.1, 0.1], [0.0, 0.01, 0.1]]} for name in tables.DIFFERENCES}
+    found = {"eps": 0.098, "rows": {"gate": {"clean": cell}}, "differences": differences, "share_of_gap": cell}
+    text = tables.page(tables.document({}, found))
+    assert "| gate | 50.0 ± 1.0 |" in text
+    assert "- gate over the better head: +2.0 ± 1.0 points, above 0 with its 95 % interval in 1 of 3 seeds" in text
+    assert "share of the gap between the best head and the oracle: 50.0 ± 1.0 %" in text
+
+
 def test_a_row_with_a_missing_seed_is_left_out(finished: Path) -> None:
     found = study(seeds=[0, 1, 2])
     assert tables.tabulate(found, jobs_of(found, finished)) == {}

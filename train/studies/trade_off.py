@@ -40,6 +40,7 @@ from ..evaluation.summary import Spread, show, spread
 from ..models.mc import normalise
 from ..pipeline import train
 from ..recipe import Recipe
+from .tables import DIFFERENCES
 
 EPS = 25 / 255
 """Linf; whole steps of a byte, so that attacked pictures can be kept as pictures."""
@@ -51,11 +52,6 @@ HEADS = ("clean", "robust")
 ATTACKED = "pgd"
 ENSEMBLES = ("mean of both heads", "mean of two robust heads")
 """Two networks each, as the gate; the second robust head is another seed's."""
-DIFFERENCES = {
-    "gate_over_head": "the better head",
-    "gate_over_ensemble": "the better ensemble",
-    "gate_over_control": "the better gate that sees one head alone",
-}
 BATCH = 250
 MODEL = {
     "threads": 1,
