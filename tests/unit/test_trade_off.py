@@ -46,13 +46,13 @@ def test_the_table_says_in_how_many_seeds_a_gain_is_sure() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_whole_study_on_digits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     schedule = {"epochs": 2, "batch": 64, "lr": 5e-3}
     model = {"model": "trivium_resnet10_tiny", "schedule": schedule}
-    size = {"height": 32, "width": 32, "resize": 32}
-    monkeypatch.setattr(
-        trade_off, "MODEL", {"threads": 1, "data": {"kind": "digits"}, "input": size, "original": model}
-    )
+    size = {"height": 16, "width": 16, "resize": 16}
+    data = {"kind": "digits", "limit": {"train": 256, "calibration": 60, "test": 80}}
+    monkeypatch.setattr(trade_off, "MODEL", {"threads": 1, "data": data, "input": size, "original": model})
     adversarial = {"attack": {"eps": 0.1, "steps": 2}, "schedule": schedule, "held_out": 20}
     monkeypatch.setattr(trade_off, "ROBUST", {**trade_off.ROBUST, "adversarial": adversarial})
     monkeypatch.setattr(trade_off, "STUDENT", {"student": {"schedule": schedule | {"epochs": 1}}})
