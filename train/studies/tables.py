@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +133,7 @@ def page(document: Mapping[str, Any]) -> str:
     lines += ["Printed by `make evaluate`, from RESULTS.json. Whatever came out stands here.", ""]
     for found in document["studies"].values():
         data, rows = found["data"], found["rows"]
-        measures = list(dict.fromkeys(measure for row in rows.values() for measure in row))
+        measures = _in_order(measure for row in rows.values() for measure in row)
         seeds = ", ".join(map(str, found["seeds"]))
         lines += [f"## {found['title']}", ""]
         lines += [
@@ -154,6 +154,11 @@ def page(document: Mapping[str, Any]) -> str:
     if document["trade_off"]:
         lines += _trade_off(document["trade_off"])
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _in_order(measures: Iterable[str]) -> list[str]:
+    last = [*ATTACKS.values(), COST]
+    return sorted(dict.fromkeys(measures), key=lambda name: last.index(name) + 1 if name in last else 0)
 
 
 def _trade_off(found: Mapping[str, Any]) -> list[str]:
