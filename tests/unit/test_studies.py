@@ -192,7 +192,9 @@ def test_the_trade_off_has_a_table_of_its_own() -> None:
 
 def test_a_row_with_a_missing_seed_is_left_out(finished: Path) -> None:
     found = study(seeds=[0, 1, 2])
-    assert tables.tabulate(found, jobs_of(found, finished)) == {}
+    jobs = jobs_of(found, finished)
+    assert tables.tabulate(found, jobs) == {}
+    assert "Not finished, so not here: base, second, third." in tables.page(tables.document({"s": (found, jobs)}))
 
 
 def test_a_row_of_an_unknown_answerer_is_one_line(finished: Path) -> None:

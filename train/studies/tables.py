@@ -121,6 +121,7 @@ def document(
                 title: {measure: found._asdict() for measure, found in row.items()} for title, row in table.items()
             },
             "seen": {title: columns for title, columns in seen(study, jobs).items() if title in table},
+            "unfinished": [row.title for row in study.rows if not set(row.answerers or [row.title]) & set(table)],
             "comparisons": compare(study, table),
             "reading": study.reading,
         }
@@ -148,6 +149,8 @@ def page(document: Mapping[str, Any]) -> str:
             marks = [" †" if measure in found["seen"].get(title, ()) else "" for measure in measures]
             lines.append(f"| {title} | " + " | ".join(map(str.__add__, cells, marks)) + " |")
         lines.append("")
+        if found["unfinished"]:
+            lines += [f"Not finished, so not here: {', '.join(found['unfinished'])}.", ""]
         for each in found["comparisons"]:
             lines.append(f"- {each['row']} against {each['against']}, {each['measure']}: {_compared(each)}")
         lines += ["", found["reading"].strip(), ""] if found["reading"] else [""]
