@@ -156,8 +156,11 @@ class Connection(asyncio.BufferedProtocol):
             # Closed now, with something of the client's still unread, the system would reset the connection, and the
             # client could lose the last answer. So the client is told, and what it sends until it closes is read.
             self._parted = True
-            self._transport.write_eof()
             self._later(PARTING_SECONDS, self.close)
+            try:
+                self._transport.write_eof()
+            except OSError:  # the client was faster
+                self.close()
 
     def _begin(self, stream: int, data: bytes) -> None:
         found = self._server.read(data)

@@ -408,6 +408,27 @@ def ended(data: bytes, stream: int) -> bool:
     return False
 
 
+def test_a_client_that_is_gone_already_needs_no_parting(ours: Callable[..., Running]) -> None:
+    running = ours()
+    gone = socket.create_connection(("127.0.0.1", running.port), 10)
+    gone.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\x04\0\0\0\0\0")
+    while not running.server.connections:
+        time.sleep(0.01)
+
+    async def end_together() -> None:
+        (connection,) = running.server.connections
+        # a reset, which the loop has not heard of yet
+        gone.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        gone.close()
+        connection.shutdown()
+
+    running.call(end_together())
+    end = time.monotonic() + 10
+    while running.server.connections:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
 def test_a_client_that_does_not_part_is_left(ours: Callable[..., Running], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transport, "PARTING_SECONDS", 0.2)
     running = ours(age=0.1)
