@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tests.commands import called
 from torch import Tensor, nn
 
 from trivium.runtime.bundle import Dropout, Preprocessing, RouterSettings
@@ -154,12 +154,7 @@ def test_autoattack_is_spared_what_pgd_breaks(system: System, pictures: Pictures
 
 
 def command(*arguments: object) -> None:
-    before = sys.argv
-    sys.argv = ["trivium evaluate", *map(str, arguments)]
-    try:
-        evaluate_cli.main()
-    finally:
-        sys.argv = before
+    called(evaluate_cli.main, "evaluate", *arguments)
 
 
 def test_autoattack_may_be_tried_on_some_pictures(

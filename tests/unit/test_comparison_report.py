@@ -3,7 +3,6 @@
 import copy
 import json
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from tests.browser import CHROMIUM, WHY_NOT, overflow
+from tests.commands import called
 
 from trivium.runtime.errors import ConfigError
 from trivium.train import report_cli
@@ -91,12 +91,7 @@ def cell(found: Comparison, title: str, row: str, column: str) -> Spread | None:
 
 
 def command(*arguments: object) -> None:
-    before = sys.argv
-    sys.argv = ["trivium report", *map(str, arguments)]
-    try:
-        report_cli.main()
-    finally:
-        sys.argv = before
+    called(report_cli.main, "report", *arguments)
 
 
 def test_seeds_of_one_name_are_one_row(write: Callable[..., Path]) -> None:

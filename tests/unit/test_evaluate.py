@@ -2,13 +2,13 @@
 
 import csv
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from tests.commands import called
 
 from trivium.runtime.bundle import open_bundle
 from trivium.runtime.engine import Engine
@@ -63,12 +63,7 @@ def results(out: Path) -> Results:
 
 
 def command(*arguments: object) -> None:
-    before = sys.argv
-    sys.argv = ["trivium evaluate", *map(str, arguments)]
-    try:
-        evaluate_cli.main()
-    finally:
-        sys.argv = before
+    called(evaluate_cli.main, "evaluate", *arguments)
 
 
 def toy(right: dict[str, list[list[bool]]]) -> Tally:

@@ -159,13 +159,14 @@ def test_tables_hold_mean_and_spread_over_the_seeds(finished: Path) -> None:
         ],
     )
     jobs = jobs_of(found, finished)
-    table = tables.tabulate(found, jobs)
+    runs = tables.finished(jobs)
+    table = tables.tabulate(found, runs)
     assert list(table) == ["base", "second", "third"]
     assert table["base"]["clean"].values == [0.9, 0.92]
     assert table["base"]["clean"].mean == pytest.approx(0.91)
     assert table["base"]["clean"].deviation == pytest.approx(0.02 / 2**0.5)
     assert table["base"]["style"].values == pytest.approx([0.7, 0.7])
-    assert tables.seen(found, jobs)["base"] == ["style"]  # training drew inverted views
+    assert tables.seen(found, runs)["base"] == ["style"]  # training drew inverted views
     assert table["base"]["CPU s"].values == [12, 12]  # the original's 100 are not in it
     assert table["third"]["CPU s"].values == [24, 24]
     assert "absent" not in table["base"]
@@ -193,7 +194,7 @@ def test_the_trade_off_has_a_table_of_its_own() -> None:
 def test_a_row_with_a_missing_seed_is_left_out(finished: Path) -> None:
     found = study(seeds=[0, 1, 2])
     jobs = jobs_of(found, finished)
-    assert tables.tabulate(found, jobs) == {}
+    assert tables.tabulate(found, tables.finished(jobs)) == {}
     assert "Not finished, so not here: base, second, third." in tables.page(tables.document({"s": (found, jobs)}))
 
 
@@ -202,7 +203,7 @@ def test_a_row_of_an_unknown_answerer_is_one_line(finished: Path) -> None:
     row = found.rows[0].model_copy(update={"answerers": {"loud": "loud"}})
     found = found.model_copy(update={"rows": (row,)})
     with pytest.raises(ConfigError, match=r"loud: no answerer 'loud' in .*: original, combined$"):
-        tables.tabulate(found, jobs_of(found, finished))
+        tables.tabulate(found, tables.finished(jobs_of(found, finished)))
 
 
 @pytest.fixture

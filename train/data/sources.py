@@ -127,11 +127,7 @@ def fashion_mnist_source(root: Path | None) -> Source:
 
     Raises: ConfigError with the command that obtains it.
     """
-    directory = fashion_mnist.locate(root)
-    if directory is None:
-        where = f" in {root}" if root else ""
-        out = f" --out {root}" if root else ""
-        raise ConfigError(f"no Fashion-MNIST{where}; run: trivium data fashion-mnist{out}")
+    directory = _obtained(fashion_mnist.locate(root), "Fashion-MNIST", "fashion-mnist", root)
     parts = fashion_mnist.read(directory)
     return Source(
         "Fashion-MNIST (Zalando Research, MIT licence)",
@@ -148,12 +144,16 @@ def renditions_source(root: Path | None) -> Source:
 
     Raises: ConfigError with the command that makes them.
     """
-    directory = renditions.locate(root)
-    if directory is None:
+    directory = _obtained(renditions.locate(root), "emoji renditions", "renditions", root)
+    return replace(folder_source(directory), name="emoji renditions (several authors and licences, see its README.md)")
+
+
+def _obtained(found: Path | None, what: str, command: str, root: Path | None) -> Path:
+    if found is None:
         where = f" in {root}" if root else ""
         out = f" --out {root}" if root else ""
-        raise ConfigError(f"no emoji renditions{where}; run: trivium data renditions{out}")
-    return replace(folder_source(directory), name="emoji renditions (several authors and licences, see its README.md)")
+        raise ConfigError(f"no {what}{where}; run: trivium data {command}{out}")
+    return found
 
 
 def digits_source() -> Source:

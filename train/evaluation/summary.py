@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -200,12 +200,18 @@ def markdown(comparisons: Sequence[Comparison]) -> str:
         lines += [f"## {found.title}", ""]
         for each in tables(found):
             heads = [column.name + (", %" if column.unit == "share" else "") for column in each.columns]
-            lines += [f"**{each.title}**", "", "| | " + " | ".join(heads) + " |", "|---|" + "---|" * len(heads)]
-            for name, row in each.rows:
-                cells = [show(cell, column.unit) for cell, column in zip(row, each.columns, strict=True)]
-                lines.append(f"| {name} | " + " | ".join(cells) + " |")
-            lines.append("")
+            rows = {
+                name: [show(cell, column.unit) for cell, column in zip(row, each.columns, strict=True)]
+                for name, row in each.rows
+            }
+            lines += [f"**{each.title}**", "", *grid(heads, rows), ""]
     return "\n".join(lines)
+
+
+def grid(columns: Sequence[str], rows: Mapping[str, Sequence[str]], rule: str = "---") -> list[str]:
+    """Lines of a Markdown table. rows: name -> its cells; rule: of their columns, ---: aligns them at the right."""
+    cells = [f"| {name} | {' | '.join(row)} |" for name, row in rows.items()]
+    return [f"| | {' | '.join(columns)} |", "|---|" + f"{rule}|" * len(columns), *cells]
 
 
 def _files(place: Path) -> list[Path]:

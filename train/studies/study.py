@@ -73,7 +73,7 @@ class Study(Section):
     """Arguments of trivium evaluate."""
     rows: Annotated[tuple[Row, ...], Field(min_length=1)]
     shifts: dict[str, tuple[str, ...]] = Field({})
-    """Column -> the shifts whose mean accuracy it holds; those that training saw do not count."""
+    """Column -> the shifts whose mean accuracy it holds; it is marked where training saw one of them."""
     comparisons: tuple[Comparison, ...] = ()
     reading: str = ""
     """What the outcome says, in Markdown."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,23 +11,25 @@ import numpy as np
 
 from trivium.runtime.errors import ConfigError
 
-from ..evaluation.results import Results
-from ..evaluation.summary import Spread, show, spread
+from ..evaluation.columns import Of, cost, robust
+from ..evaluation.results import Answerer, Results, Two
+from ..evaluation.summary import Spread, grid, show, spread
 from .study import Job, Study
 
-ORIGINAL, DEFAULT = "original", "default router"
-Measure = Callable[[Results, str], float | None]
+DEFAULT = "default router"
+Runs = Mapping[tuple[str, int], Results]
+"""(name of a row, seed) -> what a finished run found."""
 Table = dict[str, dict[str, Spread]]
 """Row -> measure -> spread over the seeds; a measure that a row lacks is left out."""
 
-MEASURES: dict[str, Measure] = {
-    "clean": lambda r, a: r.answerer(a).accuracy.clean,
-    "mCA": lambda r, a: r.answerer(a).accuracy.corrupted,
-    "ECE clean": lambda r, a: r.answerer(a).ece.clean,
-    "ECE corrupted": lambda r, a: r.answerer(a).ece.corrupted,
-    "negative flips": lambda r, a: _of(r.answerer(a).negative_flips, "clean"),
-    "flips corrupted": lambda r, a: _of(r.answerer(a).negative_flips, "corrupted"),
-    "acc. at 80 %": lambda r, a: r.answerer(a).accuracy_at_80.corrupted,
+MEASURES: dict[str, Of] = {
+    "clean": lambda r, a: a.accuracy.clean,
+    "mCA": lambda r, a: a.accuracy.corrupted,
+    "ECE clean": lambda r, a: a.ece.clean,
+    "ECE corrupted": lambda r, a: a.ece.corrupted,
+    "negative flips": lambda r, a: _of(a.negative_flips, "clean"),
+    "flips corrupted": lambda r, a: _of(a.negative_flips, "corrupted"),
+    "acc. at 80 %": lambda r, a: a.accuracy_at_80.corrupted,
 }
 """Name -> a share of one answerer, which every study has."""
 ATTACKS = {"pgd": "PGD-20", "autoattack": "AutoAttack"}
@@ -55,31 +57,37 @@ EXPLAINED = (
 )
 
 
-def tabulate(study: Study, jobs: Sequence[Job]) -> Table:
+def finished(jobs: Sequence[Job]) -> dict[tuple[str, int], Results]:
+    """What the jobs that are done have found."""
+    return {(job.row.name, job.seed): run for job in jobs if (run := job.results()) is not None}
+
+
+def tabulate(study: Study, runs: Runs) -> Table:
     """The table of a study's finished runs. Rows of which some seed is missing are left out.
 
     Raises: ConfigError where a row names an answerer that its runs do not have.
     """
     table: Table = {}
-    known = {(job.row.name, job.seed): run for job in jobs if (run := job.results()) is not None}
     for row in study.rows:
-        found = [known[row.name, seed] for seed in study.seeds if (row.name, seed) in known]
-        if len(found) < len(study.seeds):
+        if any((row.name, seed) not in runs for seed in study.seeds):
             continue
-        parts = [[known.get((name, seed)) for name in (row.name, *row.charged)] for seed in study.seeds]
+        own = [runs[row.name, seed] for seed in study.seeds]
+        parts = [[runs.get((name, seed)) for name in (row.name, *row.charged)] for seed in study.seeds]
         costs = [None if None in each else sum(_cost(run) for run in each if run is not None) for each in parts]
         for title, name in (row.answerers or {row.title: DEFAULT}).items():
-            table[title] = _measured(study, found, title, name)
-            if name != ORIGINAL and (cost := spread(costs)):
-                table[title][COST] = cost
+            pairs = [(run, _answerer(study, run, title, name)) for run in own]
+            columns = _columns(study).items()
+            table[title] = {name: cell for name, of in columns if (cell := spread([of(*pair) for pair in pairs]))}
+            if pairs[0][1].role != "original" and (total := spread(costs)):
+                table[title][COST] = total
     return table
 
 
-def seen(study: Study, jobs: Sequence[Job]) -> dict[str, list[str]]:
+def seen(study: Study, runs: Runs) -> dict[str, list[str]]:
     """Row -> the columns of shifts of which training drew views, for rows where there are any."""
     found: dict[str, list[str]] = {}
     for row in study.rows:
-        run = next((run for job in jobs if job.row is row and (run := job.results()) is not None), None)
+        run = next((runs[row.name, seed] for seed in study.seeds if (row.name, seed) in runs), None)
         if run is not None and (columns := [name for name, kinds in study.shifts.items() if _seen(run, kinds)]):
             found |= dict.fromkeys(row.answerers or [row.title], columns)
     return found
@@ -106,11 +114,10 @@ def document(
     """Everything, as plain JSON. trade_off: what studies.trade_off wrote."""
     found: dict[str, Any] = {"format": "trivium-studies", "schema_version": 1, "studies": {}, "trade_off": trade_off}
     for name, (study, jobs) in studies.items():
-        table = tabulate(study, jobs)
-        results = [run for job in jobs if (run := job.results()) is not None]
-        if not results:
+        runs = finished(jobs)
+        if not runs:
             continue
-        first = results[0]
+        table, first = tabulate(study, runs), next(iter(runs.values()))
         found["studies"][name] = {
             "title": study.title,
             "seeds": list(study.seeds),
@@ -120,7 +127,7 @@ def document(
             "rows": {
                 title: {measure: found._asdict() for measure, found in row.items()} for title, row in table.items()
             },
-            "seen": {title: columns for title, columns in seen(study, jobs).items() if title in table},
+            "seen": {title: columns for title, columns in seen(study, runs).items() if title in table},
             "unfinished": [row.title for row in study.rows if not set(row.answerers or [row.title]) & set(table)],
             "comparisons": compare(study, table),
             "reading": study.reading,
@@ -141,14 +148,13 @@ def page(document: Mapping[str, Any]) -> str:
             f"{data['pictures']} test pictures of {data['source']}, {data['corrupted']} of them corrupted. "
             + EXPLAINED.format(seeds=seeds),
             "",
-            "| | " + " | ".join(measures) + " |",
-            "|---|" + "---:|" * len(measures),
         ]
+        cells = {}
         for title, row in rows.items():
-            cells = [_cell(measure, row[measure]) if measure in row else "" for measure in measures]
             marks = [" †" if measure in found["seen"].get(title, ()) else "" for measure in measures]
-            lines.append(f"| {title} | " + " | ".join(map(str.__add__, cells, marks)) + " |")
-        lines.append("")
+            plain = [_cell(measure, row[measure]) if measure in row else "" for measure in measures]
+            cells[title] = [*map(str.__add__, plain, marks)]
+        lines += [*grid(measures, cells, "---:"), ""]
         if found["unfinished"]:
             lines += [f"Not finished, so not here: {', '.join(found['unfinished'])}.", ""]
         for each in found["comparisons"]:
@@ -167,11 +173,11 @@ def _in_order(measures: Iterable[str]) -> list[str]:
 def _trade_off(found: Mapping[str, Any]) -> list[str]:
     columns = list(dict.fromkeys(column for row in found["rows"].values() for column in row))
     lines = ["## Heads that truly trade off", "", f"Linf {found['eps']:.3f}. {EXPLAINED_TRADE_OFF}", ""]
-    lines += ["| | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
-    for title, row in found["rows"].items():
-        cells = [show(_spread(row[column]), "share") if column in row else "" for column in columns]
-        lines.append(f"| {title} | " + " | ".join(cells) + " |")
-    lines.append("")
+    cells = {
+        title: [show(_spread(row[column]), "share") if column in row else "" for column in columns]
+        for title, row in found["rows"].items()
+    }
+    lines += [*grid(columns, cells, "---:"), ""]
     for name, title in DIFFERENCES.items():
         each = found["differences"][name]
         sure = sum(low > 0 for _, low, _ in each["intervals"])
@@ -198,42 +204,44 @@ def write(document: Mapping[str, Any], results: Path | None, markdown: Path | No
         raise ConfigError(f"{error.filename}: {error.strerror}") from None
 
 
-def _measured(study: Study, runs: Sequence[Results], title: str, name: str) -> dict[str, Spread]:
-    names = [run.model.default_router if name == DEFAULT else name for run in runs]
-    for run, answerer in zip(runs, names, strict=True):
-        if answerer not in {each.name for each in run.answerers}:
-            known = ", ".join(each.name for each in run.answerers)
-            raise ConfigError(f"study {study.name}: {title}: no answerer {answerer!r} in {run.model.path}: {known}")
-    pairs = list(zip(runs, names, strict=True))
-    columns: dict[str, Measure] = {**MEASURES}
-    for column, kinds in study.shifts.items():
-        columns[column] = lambda run, answerer, kinds=kinds: _on_shifts(run, answerer, kinds)  # type: ignore[misc]
-    for attack, column in ATTACKS.items():
-        columns[column] = lambda run, answerer, attack=attack: _attacked(run, answerer, attack)  # type: ignore[misc]
-    return {measure: found for measure, of in columns.items() if (found := spread([of(*pair) for pair in pairs]))}
+def _answerer(study: Study, run: Results, title: str, name: str) -> Answerer:
+    if name == DEFAULT:
+        return run.default
+    found = next((each for each in run.answerers if each.name == name), None)
+    if found is None:
+        known = ", ".join(each.name for each in run.answerers)
+        raise ConfigError(f"study {study.name}: {title}: no answerer {name!r} in {run.model.path}: {known}")
+    return found
 
 
-def _on_shifts(run: Results, answerer: str, kinds: Sequence[str]) -> float | None:
-    found = [run.shifts[kind].answerers[answerer].accuracy for kind in kinds if kind in run.shifts]
-    return float(np.mean(found)) if len(found) == len(kinds) else None
+def _columns(study: Study) -> dict[str, Of]:
+    shifts = {column: _on_shifts(kinds) for column, kinds in study.shifts.items()}
+    return {**MEASURES, **shifts, **{column: _under(attack) for attack, column in ATTACKS.items()}}
+
+
+def _on_shifts(kinds: Sequence[str]) -> Of:
+    def mean(run: Results, answerer: Answerer) -> float | None:
+        found = [run.shifts[kind].answerers[answerer.name].accuracy for kind in kinds if kind in run.shifts]
+        return float(np.mean(found)) if len(found) == len(kinds) else None
+
+    return mean
+
+
+def _under(attack: str) -> Of:
+    """Accuracy at the radius that was asked for."""
+    return lambda run, a: robust(run.attacks.norm, run.attacks.eps, attack)(run, a) if run.attacks else None
 
 
 def _seen(run: Results, kinds: Sequence[str]) -> bool:
     return any(kind in run.shifts and not run.shifts[kind].counted for kind in kinds)
 
 
-def _attacked(run: Results, answerer: str, attack: str) -> float | None:
-    if run.attacks is None:
-        return None
-    wanted = (answerer, attack, run.attacks.eps)
-    return next((row.accuracy for row in run.attacks.rows if (row.answerer, row.attack, row.eps) == wanted), None)
-
-
 def _cost(run: Results) -> float:
-    return sum(cost["cpu_seconds"] for stage, cost in run.costs.items() if stage != ORIGINAL)
+    trained = next(each for each in run.answerers if each.role != "original")
+    return cost(run, trained, "cpu_seconds") or 0.0
 
 
-def _of(two: Any, part: str) -> float | None:
+def _of(two: Two | None, part: str) -> float | None:
     return None if two is None else getattr(two, part)
 
 
