@@ -8,7 +8,7 @@ instruction: the logarithms of the blend rule, whose last bits a runtime may rou
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
@@ -16,9 +16,8 @@ import onnx
 from numpy.typing import ArrayLike, NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from trivium.kernels import HeadStatistics
-from trivium.runtime.bundle import BlendRule, FoldedRouter, GateFeature, Manifest
-from trivium.runtime.router import FLOOR, SHIFT_FEATURES, shift_probability
+from trivium.runtime.bundle import FoldedRouter, GateFeature, Manifest
+from trivium.runtime.router import FLOOR, SHIFT_FEATURES, logistic
 
 from .graph import OUTPUTS
 
@@ -190,7 +189,7 @@ def blend(fold: Fold) -> tuple[str, str]:
             centred = fold.op("Sub", features[name](), fold.constant(rule.center[name]))
             weighted = fold.op("Mul", fold.constant(rule.weights[name]), centred)
             score = fold.op("Add", score, fold.op("Div", weighted, fold.constant(rule.scale[name])))
-    shifted = fold.op("Greater", score, fold.constant(score_threshold(fold.manifest)))
+    shifted = fold.op("Greater", score, fold.constant(score_threshold(rule.threshold)))
     mixed = fold.op("Add", fold.weighted(0.5, clean), fold.weighted(0.5, combined))
     probabilities = fold.op(
         "Where", fold.op("Unsqueeze", shifted, fold.integers(1)), fold.weighted(1.0, combined), mixed
@@ -247,20 +246,14 @@ def floored_log(fold: Fold, value: str) -> str:
     return fold.op("Log", fold.op("Add", fold.constant(FLOOR), value))
 
 
-def score_threshold(manifest: Manifest) -> float:
-    """The largest score whose probability of a shift, as the router computes it, does not exceed the rule's threshold.
+def score_threshold(threshold: float) -> float:
+    """The largest score whose probability of a shift, as the router computes it, does not exceed a rule's threshold.
 
     So the graph compares scores, and the rounding of exp, which is not the same in every runtime, decides nothing.
     """
-    rule = manifest.router.blend
-    assert rule is not None, "the manifest's validator asks for it"
-    nothing = statistics_of(len(manifest.heads))
 
     def shifted(score: float) -> bool:
-        flat = BlendRule(weights={}, center={}, scale={}, intercept=score, threshold=rule.threshold)
-        settings = manifest.router.model_copy(update={"blend": flat})
-        probability = shift_probability(nothing, manifest.model_copy(update={"router": settings}))
-        return bool(probability[0] > rule.threshold)
+        return bool(logistic(np.array([score]))[0] > threshold)
 
     if not shifted(FAR):
         return np.inf
@@ -268,9 +261,3 @@ def score_threshold(manifest: Manifest) -> float:
     while (middle := (low + high) / 2) not in (low, high):
         low, high = (low, middle) if shifted(middle) else (middle, high)
     return low
-
-
-def statistics_of(heads: int) -> HeadStatistics:
-    """One picture of which nothing is known: all zeros."""
-    shapes: Sequence[tuple[int, ...]] = ((1, heads, 1), (1, heads), (1, heads), (1, heads, heads), (1, heads))
-    return HeadStatistics(*(np.zeros(shape, np.float32) for shape in shapes))

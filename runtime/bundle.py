@@ -15,9 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from .errors import DigestMismatch, ExtraFile, ManifestError, MissingFile, UnknownSchema, UnsafePath
+from .guarantees import Guarantees, ShiftDetector
+from .values import Finite, Label, Name, Positive, Share, Strict
 from .weights import external_files
 
 SCHEMA_VERSION = 1
@@ -27,21 +29,10 @@ MANIFEST_LIMIT = 4 << 20
 NAME_LIMIT = 255
 """Bytes of a file's name, on every usual file system."""
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
-Label = Annotated[str, Field(min_length=1, max_length=1000, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")]
-"""A class name; no control characters, since it is printed on terminals and into logs."""
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
 THREE_HEADS = ("clean", "robust", "combined")
 GateStatistic = Literal["predictive_entropy", "mutual_information", "divergence", "energy", "max_probability"]
-RULES = ("mean", "min_entropy", "paper", "blend", "gate")
+RULES = ("mean", "min_entropy", "paper", "blend", "gate", "guard")
 """Routers that are no head's name."""
-
-
-class Strict(BaseModel):
-    """Frozen, and an unknown key is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class Preprocessing(Strict):
@@ -83,7 +74,9 @@ class PaperRule(Strict):
     entropy_scale: dict[str, Positive]
     """Mean uncertainty in nats of each head on its own calibration domain, or 1; divides the head's uncertainty."""
     uncertainty: Literal["predictive_entropy", "mutual_information"] = "predictive_entropy"
-    among: Annotated[list[Literal["clean", "robust", "combined"]], Field(min_length=2)] = ["clean", "robust"]
+    among: Annotated[list[Literal["clean", "robust", "combined"]], Field(min_length=2)] = Field(
+        default=["clean", "robust"]
+    )
     """Heads of which the surest answers where they disagree, the first of equals."""
 
     @model_validator(mode="after")
@@ -93,21 +86,28 @@ class PaperRule(Strict):
         return self
 
 
-class BlendRule(Strict):
-    """Shift detector: logistic on log-scaled scores. Shifted -> combined head, else mean of clean and combined."""
+class BlendRule(ShiftDetector):
+    """Shifted -> combined head, else mean of clean and combined."""
 
-    weights: dict[Literal["divergence", "mutual_information", "energy"], Finite]
-    center: dict[Literal["divergence", "mutual_information", "energy"], Finite]
-    scale: dict[Literal["divergence", "mutual_information", "energy"], Positive]
-    intercept: Finite
-    threshold: Annotated[float, Field(ge=0, le=1)]
+    threshold: Share
     """A picture counts as shifted where its probability of being shifted exceeds this."""
 
-    @model_validator(mode="after")
-    def _has_all(self) -> BlendRule:
-        if not self.weights.keys() == self.center.keys() == self.scale.keys():
-            raise ValueError("weights, center and scale must name the same scores")
-        return self
+
+class GuardRule(ShiftDetector):
+    """Not shifted -> the clean head, which answers as the original does; else another router.
+
+    The threshold is the least of a sequence whose harm was certified by Learn-then-Test: on pictures like the
+    calibration pictures, with probability 1 - delta, clean accuracy falls by at most `accuracy_loss`, and at most
+    `negative_flips` of all pictures are ones that the clean head gets right and this router wrong.
+    """
+
+    base: Name
+    """The router that answers shifted pictures: a head's name or a rule's."""
+    threshold: Share
+    """A picture counts as shifted where its probability of being shifted exceeds this."""
+    accuracy_loss: Share
+    negative_flips: Share
+    delta: Annotated[float, Field(gt=0, lt=1)]
 
 
 class GateFeature(Strict):
@@ -153,6 +153,7 @@ class RouterSettings(Strict):
     paper: PaperRule | None = None
     blend: BlendRule | None = None
     gate: GateRule | None = None
+    guard: GuardRule | None = None
 
 
 class Calibration(Strict):
@@ -234,20 +235,21 @@ class Manifest(Strict):
     model: str = "model.onnx"
     golden: str | None = None
     """An .npz with `image` (the graph's input) and the graph's outputs, which a server repeats before it is ready."""
-    plans: Annotated[list[Plan], Field(max_length=64)] = []
+    plans: Annotated[list[Plan], Field(max_length=64)] = Field(default=[])
     """Engines compiled beforehand; a server runs one only where it is told to."""
     precision: Literal["fp32", "fp16", "int8"] = "fp32"
     """Of the backbone in the graph; the heads are float32."""
     quantization: Quantization | None = None
-    drift: dict[str, Finite] = {}
+    drift: dict[str, Finite] = Field(default={})
     """What a lower precision changed in the answers to pictures that its calibration never saw, by name."""
     folded_router: FoldedRouter | None = None
     """For servers that run the graph without this package, which never asks for those outputs."""
-    tolerances: dict[str, Finite] = {}
+    tolerances: dict[str, Finite] = Field(default={})
     """Largest difference measured at export between implementations, by name."""
     calibration: Calibration | None = None
-    provenance: dict[str, Any] = {}
-    training: dict[str, Any] = {}
+    guarantees: Guarantees | None = None
+    provenance: dict[str, Any] = Field(default={})
+    training: dict[str, Any] = Field(default={})
     files: Annotated[list[File], Field(fail_fast=True)]
 
     @model_validator(mode="after")
@@ -266,6 +268,16 @@ class Manifest(Strict):
             named = gate.intercept.keys() | {head for feature in gate.features for head in feature.heads}
             if unknown := sorted(named - set(self.heads)):
                 raise ValueError(f"router.gate names {unknown[0]}, which is no head of this model")
+        if (guard := self.router.guard) and (guard.base == "guard" or guard.base not in self.routers()):
+            raise ValueError(f"router.guard.base {guard.base!r} is no other router of this model")
+        if self.guarantees is not None:
+            if unknown := sorted(self.guarantees.routers.keys() - set(self.routers())):
+                raise ValueError(f"guarantees name the router {unknown[0]!r}, which this model has not")
+            drift = self.guarantees.drift
+            if drift.head not in self.heads:
+                raise ValueError(f"guarantees.drift names {drift.head}, which is no head of this model")
+            if len(drift.counts.get("class_id", self.classes)) != len(self.classes):
+                raise ValueError("guarantees.drift counts another number of classes")
         if self.router.default not in self.routers():
             raise ValueError(f"router.default {self.router.default!r} is none of: {', '.join(self.routers())}")
         return self
@@ -277,7 +289,8 @@ class Manifest(Strict):
             names += ["mean", "min_entropy"]
         if set(THREE_HEADS) <= set(self.heads):
             names += [name for name in ("paper", "blend") if getattr(self.router, name) is not None]
-        return names + (["gate"] if self.router.gate is not None else [])
+        names += ["gate"] if self.router.gate is not None else []
+        return names + (["guard"] if self.router.guard is not None and "clean" in self.heads else [])
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from trivium.kernels import HeadStatistics
 
 from .bundle import GateRule, GateStatistic, Manifest
 from .errors import InvalidRequest
+from .guarantees import ShiftDetector
 
 Floats = NDArray[np.float64]
 
@@ -78,10 +79,14 @@ def shift_features(statistics: HeadStatistics, heads: Sequence[str]) -> Floats:
     """Scores of whether a picture is unlike the clean training pictures, float64 [N, 3] in SHIFT_FEATURES' order.
 
     log(FLOOR + symmetrised KL between clean and robust), log(FLOOR + mutual information of the clean head), and the
-    energy of the clean head as it is. `heads` names the statistics' heads and must hold clean and robust.
+    energy of the clean head as it is. `heads` names the statistics' heads; without a clean one the first stands for
+    it, and without both the divergence is 0.
     """
-    clean = heads.index("clean")
-    divergence = symmetric_divergence(statistics, clean, heads.index("robust"))
+    clean = heads.index("clean") if "clean" in heads else 0
+    if {"clean", "robust"} <= set(heads):
+        divergence = symmetric_divergence(statistics, clean, heads.index("robust"))
+    else:
+        divergence = np.zeros(len(statistics.energy))
     information = statistics.mutual_information[:, clean].astype(np.float64)
     energy = statistics.energy[:, clean].astype(np.float64)
     return np.stack([np.log(FLOOR + divergence), np.log(FLOOR + information), energy], axis=1)
@@ -93,19 +98,22 @@ def symmetric_divergence(statistics: HeadStatistics, i: int, j: int) -> Floats:
     return 0.5 * (divergence[:, i, j] + divergence[:, j, i])
 
 
-def shift_probability(statistics: HeadStatistics, manifest: Manifest) -> Floats:
-    """The probability, [N], that BlendRule gives to a picture of being shifted.
+def shift_probability(statistics: HeadStatistics, detector: ShiftDetector, heads: Sequence[str]) -> Floats:
+    """The probability, [N], that a detector gives to a picture of being shifted.
 
-    sigmoid(intercept + sum over features of weight * (feature - center) / scale).
+    sigmoid(intercept + sum over features of weight * (feature - center) / scale). `heads` names the statistics' heads.
     """
-    rule = manifest.router.blend
-    if rule is None:
-        raise InvalidRequest("this model has no blend rule")
-    features = shift_features(statistics, manifest.heads)
-    score = np.full(len(features), rule.intercept)
+    features = shift_features(statistics, heads)
+    score = np.full(len(features), detector.intercept)
     for column, name in enumerate(SHIFT_FEATURES):
-        if name in rule.weights:
-            score = score + rule.weights[name] * (features[:, column] - rule.center[name]) / rule.scale[name]
+        if name in detector.weights:
+            centred = features[:, column] - detector.center[name]
+            score = score + detector.weights[name] * centred / detector.scale[name]
+    return logistic(score)
+
+
+def logistic(score: Floats) -> Floats:
+    """1 / (1 + exp(-score)), elementwise."""
     # exp of a negative number alone, so that nothing overflows
     decay = np.exp(-np.abs(score))
     probability: Floats = np.where(score >= 0, 1 / (1 + decay), decay / (1 + decay))
@@ -213,7 +221,7 @@ def _blend(statistics: HeadStatistics, manifest: Manifest) -> Choice:
     rule = manifest.router.blend
     assert rule is not None
     clean, combined = manifest.heads.index("clean"), manifest.heads.index("combined")
-    shifted = shift_probability(statistics, manifest) > rule.threshold
+    shifted = shift_probability(statistics, rule, manifest.heads) > rule.threshold
     weights = np.zeros(statistics.energy.shape)
     weights[:, clean] = np.where(shifted, 0.0, 0.5)
     weights[:, combined] = np.where(shifted, 1.0, 0.5)
@@ -228,11 +236,29 @@ def _gate(statistics: HeadStatistics, manifest: Manifest) -> Choice:
     return _single(answering[gate_scores(statistics, rule, manifest.heads).argmax(1)], manifest)
 
 
+def _guard(statistics: HeadStatistics, manifest: Manifest) -> Choice:
+    """Shifted -> the guarded router's answer; else the clean head."""
+    rule = manifest.router.guard
+    assert rule is not None
+    shifted = shift_probability(statistics, rule, manifest.heads) > rule.threshold
+    clean = manifest.heads.index("clean")
+    if rule.base in manifest.heads:
+        index = np.full(len(shifted), manifest.heads.index(rule.base))
+        return _single(np.where(shifted, index, clean), manifest)
+    weights, labels = RULES[rule.base](statistics, manifest)
+    unmoved = np.eye(len(manifest.heads))[clean]
+    return Choice(
+        np.where(shifted[:, None], weights, unmoved),
+        [label if one else "clean" for label, one in zip(labels, shifted.tolist(), strict=True)],
+    )
+
+
 RULES: dict[str, Rule] = {
     "mean": _mean,
     "min_entropy": _min_entropy,
     "paper": _paper,
     "blend": _blend,
     "gate": _gate,
+    "guard": _guard,
 }
 """Rules by name; a head's own name is a router too."""

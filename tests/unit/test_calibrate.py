@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from trivium.kernels import HeadStatistics
-from trivium.runtime.bundle import Dropout, Preprocessing, RouterSettings
+from trivium.runtime.bundle import Dropout, Preprocessing
 from trivium.runtime.router import route, shift_probability, symmetric_divergence
 from trivium.train.calibration import calibrate, comparison
 from trivium.train.calibration.comparison import Candidate, choose_router, compare_routers, provisional
@@ -123,7 +123,7 @@ def test_blend_rule_finds_the_shift_at_the_false_alarm_rate() -> None:
     found = manifest(observations(accuracy))
     unseen = observations(accuracy, seed=7)
     assert found.router.blend is not None
-    alarm = shift_probability(unseen.statistics, found) > found.router.blend.threshold
+    alarm = shift_probability(unseen.statistics, found.router.blend, HEADS) > found.router.blend.threshold
     assert alarm[unseen.clean].mean() == pytest.approx(0.10, abs=0.05)
     assert alarm[~unseen.clean].mean() > 0.9
 
@@ -133,8 +133,7 @@ def test_blend_rule_counts_clean_and_shifted_the_same_however_many() -> None:
     observed = observations(accuracy)
     few = observed.take(observed.clean | (observed.picture < 60))
     rules = [calibrate.fit_blend(each, HEADS) for each in (observed, few)]
-    found = [shift_probability(observed.statistics, manifest(observed).model_copy(
-        update={"router": RouterSettings(default="combined", blend=rule)})) for rule in rules]  # fmt: skip
+    found = [shift_probability(observed.statistics, rule, HEADS) for rule in rules]
     assert np.abs(found[0] - found[1]).mean() < 0.05
 
 

@@ -19,7 +19,7 @@ from trivium.export.graph import OUTPUT_AXES, OUTPUTS
 from trivium.export.router_graph import ROUTED, fold_router, folded, score_threshold
 from trivium.kernels import HeadStatistics
 from trivium.runtime.bundle import Manifest
-from trivium.runtime.router import route, shift_probability
+from trivium.runtime.router import logistic, route, shift_probability
 
 HEADS, CLASSES = ("clean", "robust", "combined"), 5
 RULES = ("clean", "robust", "combined", "mean", "min_entropy", "paper", "blend", "gate")
@@ -183,7 +183,8 @@ def test_the_blend_rule_on_either_side_of_its_threshold(seed: int) -> None:
     """As near as the logarithm's last bits allow: a relative 1e-13 beside the picture's own probability."""
     statistics = random_statistics(seed, 1)
     probe = manifest_of("blend")
-    probability = float(shift_probability(statistics, probe)[0])
+    assert probe.router.blend is not None
+    probability = float(shift_probability(statistics, probe.router.blend, probe.heads)[0])
     for threshold in (probability * (1 - 1e-13), probability * (1 + 1e-13)):
         if 0 < threshold < 1 - 1e-9:
             manifest = manifest_of("blend", threshold=threshold)
@@ -207,18 +208,12 @@ def test_what_is_not_a_number_is_no_class(name: str) -> None:
 
 @pytest.mark.parametrize("threshold", [0.0, 0.1, 0.5, 0.987654321, 1.0])
 def test_the_threshold_of_the_score_is_the_routers(threshold: float) -> None:
-    manifest = manifest_of("blend", **PLAIN | {"threshold": threshold})
-    bound = score_threshold(manifest)
+    bound = score_threshold(threshold)
     if threshold == 1.0:
         assert bound == np.inf
         return
-
-    def shifted(score: float) -> bool:
-        probe = manifest_of("blend", weights={}, center={}, scale={}, intercept=score, threshold=threshold)
-        return bool(shift_probability(random_statistics(0, 1), probe)[0] > threshold)
-
-    assert not shifted(bound)
-    assert shifted(np.nextafter(bound, np.inf))
+    assert logistic(np.array([bound]))[0] <= threshold
+    assert logistic(np.array([np.nextafter(bound, np.inf)]))[0] > threshold
 
 
 def test_float32_arithmetic_chooses_the_same_away_from_thresholds_and_needs_no_doubles() -> None:

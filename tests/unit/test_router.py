@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from trivium.kernels import HeadStatistics
-from trivium.runtime.bundle import Manifest
+from trivium.runtime.bundle import THREE_HEADS, BlendRule, Manifest
 from trivium.runtime.errors import InvalidRequest
 from trivium.runtime.router import (
     FLOOR,
@@ -28,6 +28,7 @@ BLEND = {
     "intercept": 0.0,
     "threshold": 0.5,
 }
+DETECTOR = BlendRule.model_validate(BLEND)
 PAPER = {"divergence_threshold": 0.25, "entropy_scale": {"clean": 0.5, "robust": 1.0}}
 
 
@@ -143,7 +144,7 @@ def test_shift_features_and_probability() -> None:
         - (math.log(FLOOR + 0.05) - math.log(FLOOR + 0.2)) / 2
         + 0.5 * (-1.0 + 3.0) / 4
     )
-    assert shift_probability(stats, manifest(blend=BLEND)) == pytest.approx([1 / (1 + math.exp(-score))])
+    assert shift_probability(stats, DETECTOR, THREE_HEADS) == pytest.approx([1 / (1 + math.exp(-score))])
 
 
 def test_shift_features_find_the_heads_by_name() -> None:
@@ -169,7 +170,8 @@ def test_blend_at_its_threshold_counts_as_clean() -> None:
 @pytest.mark.parametrize("intercept", [-1e308, 1e308])
 def test_blend_does_not_overflow(intercept: float) -> None:
     with np.errstate(all="raise", under="ignore"):
-        probability = shift_probability(statistics(), manifest(blend=BLEND | {"intercept": intercept}))
+        detector = DETECTOR.model_copy(update={"intercept": intercept})
+        probability = shift_probability(statistics(), detector, THREE_HEADS)
     assert probability == [float(intercept > 0)]
 
 
