@@ -7,11 +7,12 @@ if TYPE_CHECKING:
     from .client_aio import AsyncClient
     from .client_codec import ModelMetadata, ServedPrediction
     from .predictor import Prediction, Predictor, Timings
-    from .retries import RetryPolicy
+    from .retries import ClientStatistics, RetryPolicy
 
 __all__ = [
     "AsyncClient",
     "Client",
+    "ClientStatistics",
     "ModelMetadata",
     "Prediction",
     "Predictor",
@@ -22,6 +23,7 @@ __all__ = [
 _MODULES = {
     "AsyncClient": "client_aio",
     "Client": "client",
+    "ClientStatistics": "retries",
     "ModelMetadata": "client_codec",
     "Prediction": "predictor",
     "Predictor": "predictor",

@@ -43,6 +43,8 @@ class ServedPrediction(Prediction):
     """As the server's log has it."""
     model: str
     version: str
+    bundle: str
+    """SHA-256 of the manifest.json that answered, hexadecimal; empty where the server does not say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,6 +202,7 @@ def read_response(response: Any) -> list[ServedPrediction]:
         raise ServerError(f"the server's answer cannot be read: {error}") from None
     ns = {name: response.parameters[f"{name}_ns"].int64_param for name in ("decode", "queue", "compute", "route")}
     timings = Timings(**ns)
+    bundle = response.parameters["bundle"].string_param
     return [
         ServedPrediction(
             probabilities=found["probabilities"][i],
@@ -215,6 +218,7 @@ def read_response(response: Any) -> list[ServedPrediction]:
             request_id=response.id,
             model=response.model_name,
             version=response.model_version,
+            bundle=bundle,
         )
         for i in range(len(found["label"]))
     ]

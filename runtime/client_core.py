@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 import re
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from functools import partial
 from math import inf
 from time import monotonic
@@ -38,6 +38,7 @@ from .errors import (
     ConfigError,
     DeadlineExceeded,
     InvalidRequest,
+    OtherBundle,
     PermissionDenied,
     QueueFull,
     ServerError,
@@ -47,7 +48,7 @@ from .errors import (
     Unimplemented,
     UnknownModel,
 )
-from .retries import RETRYABLE, RetryBudget, RetryPolicy, pushback_ms
+from .retries import ClientStatistics, RetryBudget, RetryPolicy, pushback_ms
 
 ERRORS: dict[str, type[TriviumError]] = {
     "INVALID_ARGUMENT": InvalidRequest,
@@ -64,6 +65,7 @@ ERRORS: dict[str, type[TriviumError]] = {
 """What a status becomes; any other is a ServerError."""
 TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
 """W3C Trace Context, section 3.2."""
+BUNDLE = re.compile(r"[0-9A-Fa-f]{0,64}")
 FOREVER = 1e9
 """Seconds: longer than this is no bound, for gRPC counts nanoseconds in 64 bits."""
 T = TypeVar("T")
@@ -98,11 +100,15 @@ class ClientCore:
     """Connection settings, retries and the steps of every call; Client and AsyncClient carry them out.
 
     Args:
-        url: host:port of the server's gRPC.
+        url: HOST:PORT of the server's gRPC. Several servers, a list of IP:PORT or all that DNS has of a name, are asked
+            in turn (gRPC's round_robin), each as long as it says that it serves (grpc.health.v1).
         model: its name; may be left out where the server has one model and lets the caller see it.
         version: empty for the highest.
+        bundle: SHA-256 of its manifest.json, hexadecimal, or how it begins; an answer of another bundle is an error.
         timeout: seconds for each call, retries included; None for no bound.
         retries: ask again where the server is away or full; or the policy to do so by.
+        keepalive: seconds of silence after which a server that owes an answer is asked for a sign of life; without one
+            in half that time it counts as away. 0 for never.
         token: a bearer token, where the server asks for one.
         tls: encrypt, and believe the certificates that the system believes.
         tls_ca: PEM file of who must have signed the server's certificate; implies tls.
@@ -113,24 +119,29 @@ class ClientCore:
 
     def __init__(
         self,
-        url: str,
+        url: str | Sequence[str],
         model: str | None = None,
         version: str = "",
         *,
+        bundle: str = "",
         timeout: float | None = 30.0,
         retries: bool | RetryPolicy = True,
+        keepalive: float = 10.0,
         token: str | None = None,
         tls: bool = False,
         tls_ca: str | os.PathLike[str] | None = None,
         tls_cert: str | os.PathLike[str] | None = None,
         tls_key: str | os.PathLike[str] | None = None,
     ) -> None:
-        self._connection = Connection(url, token, tls, tls_ca, tls_cert, tls_key)
+        self._connection = Connection(url, token, tls, tls_ca, tls_cert, tls_key, keepalive)
         for name in (model or "", version):
             if not name.isprintable():
                 raise ConfigError(f"{name!r} is no name or version of a model")
-        self.url = url
+        if BUNDLE.fullmatch(bundle) is None:
+            raise ConfigError(f"bundle must be up to 64 hexadecimal digits, got {bundle!r}")
+        self.url = self._connection.url
         self.version = version
+        self.bundle = bundle.lower()
         self.timeout = _positive(timeout)
         self._model = model
         self._max_batch: int | None = None
@@ -139,6 +150,11 @@ class ClientCore:
         self._channel: Any = None
         self._methods: dict[str, Any] = {}
         self._open()
+
+    @property
+    def statistics(self) -> ClientStatistics:
+        """Attempts, failed ones and retries so far."""
+        return self._budget.statistics()
 
     def _open(self) -> None:
         """For a transport that can make its channel at once."""
@@ -172,6 +188,9 @@ class ClientCore:
             answers = read_response((yield from self._ask("ModelInfer", message, deadline, metadata)))
             if len(answers) != len(batch.pictures):
                 raise ServerError(f"{self.url}: {len(answers)} answers to {len(batch.pictures)} pictures")
+            if not answers[0].bundle.startswith(self.bundle):
+                found = answers[0].bundle or "a bundle that it does not name"
+                raise OtherBundle(f"{self.url}: a server answers from bundle {found}, expected {self.bundle}")
             predictions.extend(answers)
 
         for picture in each(pictures):
@@ -243,25 +262,30 @@ class ClientCore:
             if remaining <= 0:
                 raise DeadlineExceeded(f"{self.url}: the deadline passed before the request was sent")
             timeout = None if remaining == inf else remaining
+            self._budget.asked(attempts > 0)
             outcome = yield Ask(method, message, timeout, self._connection.metadata if metadata is None else metadata)
             if not isinstance(outcome, grpc.RpcError):
                 self._budget.succeeded()
                 return outcome
             attempts += 1
-            pause = self._pause(outcome, attempts, deadline - monotonic()) if retry else None
+            pause = self._pause(outcome, attempts, deadline - monotonic(), retry)
             if pause is None:
-                raise self._error(outcome)
+                raise self._error(outcome, attempts)
             yield Pause(pause)
 
-    def _pause(self, error: Any, attempts: int, remaining: float) -> float | None:
+    def _pause(self, error: Any, attempts: int, remaining: float, retry: bool) -> float | None:
         """Seconds until the next attempt; None where there is none."""
-        if error.code().name not in RETRYABLE or _too_large(error) or not self._budget.failed():
+        status = error.code().name
+        again = retry and self._policy.retryable(status, error.details() or "") and not _too_large(error)
+        if not self._budget.failed(status, again):
             return None
         pushback = pushback_ms(error.trailing_metadata())
         return self._policy.pause(attempts, pushback, remaining, random.random())
 
-    def _error(self, error: Any) -> TriviumError:
+    def _error(self, error: Any, attempts: int) -> TriviumError:
         code, text = error.code().name, printable(error.details() or error.code().name)
+        if attempts > 1:
+            text += f" ({attempts} attempts)"
         if code == "INVALID_ARGUMENT":
             return InvalidRequest(text)
         kind = InvalidRequest if _too_large(error) else ERRORS.get(code, ServerError)

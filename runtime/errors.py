@@ -134,5 +134,9 @@ class DigestMismatch(BundleError):
     """A file's size or SHA-256 is not the one in the manifest."""
 
 
+class OtherBundle(BundleError):
+    """A server answers from another bundle than the one that was asked for."""
+
+
 class UnsafePath(BundleError):
     """A path that is absolute, leaves the bundle's directory, or is no regular file."""

@@ -75,6 +75,7 @@ class ModelMetrics:
         manifest = predictor.manifest
         self.labels = (manifest.name, manifest.version)
         self.engine = (predictor.engine.kernels, predictor.engine.device)
+        self.bundle = predictor.digest
         self.heads = manifest.heads
         self.codes: dict[str, int] = {"OK": 0}
         """Requests by gRPC status code."""
@@ -198,7 +199,7 @@ class Metrics(Collector):
         fresh = ModelMetrics(predictor)
         known = self._models.get(fresh.labels)
         if known is not None and known.heads == fresh.heads:
-            known.engine = fresh.engine
+            known.engine, known.bundle = fresh.engine, fresh.bundle
             return known
         self._models[fresh.labels] = fresh
         return fresh
@@ -242,6 +243,14 @@ class Metrics(Collector):
         for model in self._models.values():
             engines.add_metric((*model.labels, *model.engine), 1)
         yield engines
+        bundles = GaugeMetricFamily(
+            "trivium_bundle_info",
+            "1; which bundle serves: the SHA-256 of its manifest.json, and so of all of it.",
+            labels=(*MODEL, "sha256"),
+        )
+        for model in self._models.values():
+            bundles.add_metric((*model.labels, model.bundle), 1)
+        yield bundles
         if any("fused" in model.engine for model in self._models.values()):
             yield from _kernel_families()
         build = GaugeMetricFamily("trivium_build_info", "1; the release.", labels=("release",))

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from trivium.kernels import HeadStatistics
 
-from .bundle import Bundle, open_bundle
+from .bundle import MANIFEST, Bundle, digest, open_bundle
 from .engine import Backend
 from .engines import EngineChoice, start_engine
 from .errors import EngineError, TriviumError
@@ -62,6 +62,8 @@ class Predictor:
         self.manifest = bundle.manifest
         self.engine = engine
         self.limits = limits
+        self.digest = digest(bundle.path / MANIFEST)
+        """SHA-256 of manifest.json, hexadecimal, and so of all that the bundle holds."""
         self.fallback = fallback
         """Why the engine is not the one that was asked for, in one word, or ""."""
         self.seconds = float("inf")

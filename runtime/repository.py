@@ -86,7 +86,8 @@ class Repository:
         served = versions.get(int(version)) if len(version) < 20 else None
         if served is None:
             raise UnknownModel(
-                f"Request for unknown model: {name!r} version {version[:40]} is not found; served: {self._served()}"
+                f"Request for unknown model: {name!r} version {version[:40]} is not found; "
+                f"versions served: {', '.join(self.versions(name))}"
             )
         return served
 

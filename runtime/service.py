@@ -101,7 +101,9 @@ class Service(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[mi
             starts = self._journal.starts(asked.size) if self._journal is not None else None
             job = await self._run(served, Asked(predictor, asked, starts), deadline, request.nbytes)
             predictions: list[Prediction] = job.results  # type: ignore[assignment]
-            response = wire.write_response(request.id, predictor.manifest, asked.outputs, predictions, job.queue_ns)
+            response = wire.write_response(
+                request.id, predictor.manifest, asked.outputs, predictions, job.queue_ns, predictor.digest
+            )
         except TriviumError as error:
             if served is not None:
                 served.counted.rejected += isinstance(error, QueueFull)

@@ -149,7 +149,10 @@ class Model:
         timings = [one.timings for one in answer]
         return backend.InferenceResponse(
             tensors,
-            parameters={f"{stage}_ns": sum(getattr(one, stage) for one in timings) for stage in STAGES},
+            parameters={
+                **{f"{stage}_ns": sum(getattr(one, stage) for one in timings) for stage in STAGES},
+                "bundle": self.predictor.digest,
+            },
         )
 
 

@@ -165,16 +165,22 @@ def read_request(
 
 
 def write_response(
-    message_id: str, manifest: Manifest, outputs: tuple[str, ...], predictions: Sequence[Prediction], queue_ns: int
+    message_id: str,
+    manifest: Manifest,
+    outputs: tuple[str, ...],
+    predictions: Sequence[Prediction],
+    queue_ns: int,
+    bundle: str = "",
 ) -> Any:
     """The ModelInferResponse to a request.
 
-    decode_ns, compute_ns and route_ns are sums over its pictures; queue_ns is the wait until the first was taken up.
+    decode_ns, compute_ns and route_ns are sums over its pictures; queue_ns is the wait until the first was taken up;
+    bundle is the digest of what answered.
     """
     size = len(predictions)
     response = service_pb2.ModelInferResponse()
     response.CopyFrom(
-        _frame(manifest.name, manifest.version, len(manifest.heads), len(manifest.classes), size, outputs)
+        _frame(manifest.name, manifest.version, len(manifest.heads), len(manifest.classes), size, outputs, bundle)
     )
     response.id = message_id
     parameters = response.parameters
@@ -191,9 +197,11 @@ def write_response(
 
 
 @lru_cache(maxsize=256)
-def _frame(model: str, version: str, heads: int, classes: int, size: int, outputs: tuple[str, ...]) -> Any:
+def _frame(model: str, version: str, heads: int, classes: int, size: int, outputs: tuple[str, ...], bundle: str) -> Any:
     """All of a response that does not change from request to request."""
     frame = service_pb2.ModelInferResponse(model_name=model, model_version=version)
+    if bundle:
+        frame.parameters["bundle"].string_param = bundle
     for name in outputs:
         output = OUTPUTS[name]
         frame.outputs.add(name=name, datatype=output.datatype, shape=(size, *output.dims(heads, classes)))

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from trivium.runtime import AsyncClient, Client, RetryPolicy
-from trivium.runtime.errors import InvalidRequest, QueueFull, Unauthenticated, Unavailable, UnknownModel
+from trivium.runtime.errors import InvalidRequest, OtherBundle, QueueFull, Unauthenticated, Unavailable, UnknownModel
 from trivium.runtime.predictor import Prediction, Predictor
 from trivium.runtime.wire import OUTPUTS
 
@@ -306,7 +306,18 @@ def test_a_version_asked_for_is_the_one_that_answers(server: ServerProcess) -> N
     with Client(server.url, "tiny") as newest, Client(server.url, "tiny", "1") as first:
         assert newest.predict(PICTURE)[0].version == "3"
         assert first.predict(PICTURE)[0].version == "1"
-    with Client(server.url, "tiny", "2") as client, pytest.raises(UnknownModel):
+    with (
+        Client(server.url, "tiny", "2") as client,
+        pytest.raises(UnknownModel, match=r"2 is not found; versions .* 1, 3"),
+    ):
+        client.predict(PICTURE)
+    with Client(server.url, "tiny") as client:
+        (answer,) = client.predict(PICTURE)
+    assert server.metric("trivium_bundle_info", model="tiny", version="3", sha256=answer.bundle) == 1
+    with (
+        Client(server.url, "tiny", "1", bundle=answer.bundle) as client,
+        pytest.raises(OtherBundle, match=answer.bundle),
+    ):
         client.predict(PICTURE)
     with Client(server.url, "tiny") as client, pytest.raises(InvalidRequest, match=r"Expected \[-1,32,32,3\]"):
         client.predict(np.zeros((2, 8, 8, 3), np.uint8))

@@ -178,7 +178,8 @@ def test_all_outputs_and_response_parameters(endpoint: Endpoint, some_pictures: 
         # Python back ends before tritonserver 2.52 cannot send parameters with a response
         assert timings == {}
         return
-    assert set(timings) == {"decode_ns", "queue_ns", "compute_ns", "route_ns"}
+    assert set(timings) == {"decode_ns", "queue_ns", "compute_ns", "route_ns", "bundle"}
+    assert len(response.parameters["bundle"].string_param) == 64
     assert timings["decode_ns"] == 0
     assert timings["compute_ns"] > 0
 

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from tritonclient.grpc import service_pb2
 
+from trivium.runtime.bundle import digest
 from trivium.runtime.client import Client
 from trivium.runtime.config import Settings
 from trivium.runtime.errors import InvalidRequest, UnknownModel
@@ -180,6 +181,7 @@ def test_metrics_count_what_happened(serve: Serve, tiny_bundle: Path, some_pictu
     for head in {one.head for one in found}:
         assert server.metric("trivium_routed_total", **labels, head=head) == sum(one.head == head for one in found)
     assert server.metric("trivium_engine_info", **labels, device="cpu") == 1
+    assert server.metric("trivium_bundle_info", **labels, sha256=digest(tiny_bundle / "manifest.json")) == 1
     for idle in ("trivium_queue_depth", "trivium_in_flight_requests", "trivium_running_pictures", "trivium_held_bytes"):
         assert server.metric(idle) == 0
     assert server.metric("process_resident_memory_bytes") > 0

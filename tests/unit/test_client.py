@@ -18,6 +18,7 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -61,6 +62,7 @@ class Scripted(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[m
         self.gone = threading.Event()
         """Set when a call ends, however it does."""
         self.delay = 0.0
+        self.bundle = ""
         self.extra = 0
         """Answers too many."""
 
@@ -81,7 +83,7 @@ class Scripted(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[m
         asked = read_request(request, manifest, 64)
         assert asked.images is not None
         answers = [self.predictor.infer(image) for image in asked.images] + [self.predictor.infer(PICTURE)] * self.extra
-        return write_response(request.id, manifest, asked.outputs, answers, 0)
+        return write_response(request.id, manifest, asked.outputs, answers, 0, self.bundle)
 
     def ModelConfig(self, request: Any, context: Any) -> Any:
         return config(self.predictor.manifest, 4, 1, "cpu")
@@ -165,14 +167,18 @@ def test_a_pause_ends_before_the_deadline_and_is_the_servers_or_random(
 
 def test_the_budget_bounds_retries_to_a_share_of_the_requests() -> None:
     budget = RetryBudget(RetryPolicy(max_tokens=10, token_ratio=0.25))
-    assert [budget.failed() for _ in range(6)] == [True] * 4 + [False] * 2
+    assert [budget.failed("UNAVAILABLE", True) for _ in range(6)] == [True] * 4 + [False] * 2
+    # a failure that no policy would ask again costs nothing
+    assert not budget.failed("NOT_FOUND", False)
     for _ in range(12):
         budget.succeeded()
     # 4 and 3 tokens more: above the half again by 2
-    assert [budget.failed() for _ in range(3)] == [True, False, False]
+    assert [budget.failed("UNAVAILABLE", True) for _ in range(3)] == [True, False, False]
+    statistics = budget.statistics()
+    assert (statistics.failures, statistics.throttled) == ({"UNAVAILABLE": 9, "NOT_FOUND": 1}, 4)
 
 
-@pytest.mark.parametrize(("failing", "share"), [(0.05, (1.0, 1.0)), (0.9, (0.0, 0.01))])
+@pytest.mark.parametrize(("failing", "share"), [(0.05, (1.0, 1.0)), (0.9, (0.0, 0.02))])
 def test_few_failures_are_all_retried_and_many_hardly(failing: float, share: tuple[float, float]) -> None:
     budget = RetryBudget(RetryPolicy())
     generator = random.Random(7)
@@ -180,12 +186,12 @@ def test_few_failures_are_all_retried_and_many_hardly(failing: float, share: tup
     for _ in range(4000):
         if generator.random() < failing:
             failures += 1
-            retries += budget.failed()
+            retries += budget.failed("UNAVAILABLE", True)
         else:
             successes += 1
             budget.succeeded()
     assert share[0] <= retries / failures <= share[1]
-    assert retries <= 10 + 0.1 * successes
+    assert retries <= 50 + 0.1 * successes
 
 
 @pytest.mark.parametrize(
@@ -346,7 +352,14 @@ def test_metadata_is_read_and_that_of_other_servers_refused(predictor: Predictor
         ({"url": "localhost"}, "expected HOST:PORT"),
         ({"url": "127.0.0.1:99999"}, "expected HOST:PORT"),
         ({"url": "::1:8001"}, "expected HOST:PORT"),
+        ({"url": []}, "expected HOST:PORT"),
+        ({"url": ["10.0.0.1:8001", "10.0.0.2"]}, "'10.0.0.2': expected HOST:PORT"),
+        ({"url": "10.0.0.1:1,replica:1"}, "'replica:1': a list has IP addresses; a name stands for all"),
+        ({"url": ["10.0.0.1:1", "[::1]:1"]}, "addresses of IPv4 or of IPv6, not both"),
         ({"model": "a\udcff"}, "is no name or version"),
+        ({"bundle": "latest"}, "bundle must be up to 64 hexadecimal digits, got 'latest'"),
+        ({"keepalive": -1}, "keepalive must be seconds from 0 to 86400"),
+        ({"keepalive": math.nan}, "keepalive must be seconds from 0 to 86400"),
         ({"timeout": 0}, "timeout must be seconds > 0"),
         ({"timeout": math.nan}, "timeout must be seconds > 0"),
         ({"token": "secret\nline"}, "the token must be printable ASCII"),
@@ -366,7 +379,9 @@ def test_settings_that_cannot_be_used(kind: Any, settings: dict[str, Any], text:
 
 
 def test_addresses_of_every_kind_are_taken() -> None:
-    for url in ("127.0.0.1:8001", "[::1]:8001", "a-host.example.org:1", "dns:///host:1", "unix:/tmp/socket"):
+    several = ("10.0.0.1:1,10.0.0.2:2", ["10.0.0.1:1", "10.0.0.2:2"], ("[::1]:1", "[fe80::1%eth0]:2"))
+    single = ("127.0.0.1:8001", "[::1]:8001", "a-host.example.org:1", "dns:///host:1", "unix:/tmp/socket")
+    for url in (*single, *several):
         Client(url, "tiny").close()
 
 
@@ -427,7 +442,7 @@ def test_without_a_hint_pauses_are_random_and_attempts_bounded(
 ) -> None:
     url, servicer = scripted
     servicer.failures = [(AWAY, None)] * 9
-    with pytest.raises(Unavailable, match=f"{url}: not now"):
+    with pytest.raises(Unavailable, match=rf"^{url}: not now \(4 attempts\)$"):
         call("predict", url, PICTURE, settings={"retries": PATIENT})
     assert len(servicer.times) == 4
     servicer.failures = [(FULL, None)]
@@ -471,6 +486,154 @@ def test_an_empty_budget_stops_retries_until_successes_fill_it(scripted: tuple[s
         servicer.times, servicer.failures = [], [(FULL, "0")] * 2
         assert len(client.predict(PICTURE)) == 1
         assert len(servicer.times) == 3
+
+
+def test_every_failed_attempt_is_counted(scripted: tuple[str, Scripted]) -> None:
+    url, servicer = scripted
+    servicer.failures = [(FULL, "0"), (AWAY, "0"), (grpc.StatusCode.INTERNAL, None)]
+    with Client(url, "tiny") as client:
+        with pytest.raises(ServerError):
+            client.predict(PICTURE)
+        client.predict(PICTURE)
+        found = client.statistics
+    assert (found.attempts, found.retries, found.throttled) == (4, 2, 0)
+    assert found.failures == {"RESOURCE_EXHAUSTED": 1, "UNAVAILABLE": 1, "INTERNAL": 1}
+    assert found.attempts - found.failed == 1
+
+
+@pytest.mark.parametrize(
+    ("detail", "attempts"),
+    [
+        ("The actor died unexpectedly before finishing this task.\n\tclass_name: ServeReplica", 3),
+        ("The actor 8c22c88e5dbb3e56 is unavailable: the connection broke.", 3),
+        ("The actor died because of an error raised in its creation task, ray::ServeReplica", 1),
+        ("ray::ServeReplica.handle()\nActorDiedError: The actor died unexpectedly before finishing this task.", 1),
+        ("the request could not be answered; the server's log says why", 1),
+        ("", 1),
+    ],
+)
+def test_an_actor_of_ray_that_died_is_asked_again_where_that_is_wanted(
+    scripted: tuple[str, Scripted], call: Callable[..., Any], detail: str, attempts: int
+) -> None:
+    url, servicer = scripted
+    servicer.detail = detail
+    for policy, wanted in ((RetryPolicy(3, 0.001, ray_actors=True), attempts), (RetryPolicy(3, 0.001), 1)):
+        servicer.times, servicer.failures = [], [(grpc.StatusCode.INTERNAL, None)] * 3
+        with pytest.raises(ServerError):
+            call("predict", url, PICTURE, settings={"retries": policy})
+        assert len(servicer.times) == wanted
+
+
+def test_an_answer_of_another_bundle_is_an_error(scripted: tuple[str, Scripted], call: Callable[..., Any]) -> None:
+    url, servicer = scripted
+    servicer.bundle = "ab" * 32
+    (answer,) = call("predict", url, PICTURE, settings={"bundle": "ABab"})
+    assert answer.bundle == servicer.bundle
+    with pytest.raises(errors.OtherBundle, match=f"^{url}: a server answers from bundle {'ab' * 32}, expected abc$"):
+        call("predict", url, PICTURE, settings={"bundle": "abc"})
+    servicer.bundle = ""
+    with pytest.raises(errors.OtherBundle, match="a bundle that it does not name, expected ab"):
+        call("predict", url, PICTURE, settings={"bundle": "ab"})
+    assert len(servicer.times) == 3
+
+
+class Replicas:
+    """Three servers with a health of their own."""
+
+    def __init__(self, predictor: Predictor) -> None:
+        self.servicers, self.health, self.servers, self.urls = [], [], [], []
+        for _ in range(3):
+            self.servicers.append(Scripted(predictor))
+            self.health.append(health.HealthServicer())
+            self.servers.append(grpc.server(futures.ThreadPoolExecutor(8)))
+            service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(self.servicers[-1], self.servers[-1])
+            health_pb2_grpc.add_HealthServicer_to_server(self.health[-1], self.servers[-1])
+            self.urls.append(f"127.0.0.1:{self.servers[-1].add_insecure_port('127.0.0.1:0')}")
+            self.servers[-1].start()
+
+    def asked(self) -> list[int]:
+        """Requests of each since the last time."""
+        counts = [len(servicer.times) for servicer in self.servicers]
+        for servicer in self.servicers:
+            servicer.times = []
+        return counts
+
+
+@pytest.fixture
+def replicas(predictor: Predictor) -> Iterator[Replicas]:
+    running = Replicas(predictor)
+    yield running
+    for server in running.servers:
+        server.stop(0).wait()
+
+
+def ask_until(client: Client, replicas: Replicas, shares: Callable[[list[int]], bool]) -> None:
+    """Every request is answered meanwhile."""
+    end = time.monotonic() + 20
+    while True:
+        replicas.asked()
+        for _ in range(12):
+            client.predict(PICTURE)
+        if shares(counts := replicas.asked()):
+            return
+        assert time.monotonic() < end, counts
+        time.sleep(0.02)
+
+
+def test_replicas_take_turns_as_long_as_they_say_that_they_serve(replicas: Replicas) -> None:
+    with Client(replicas.urls, "tiny") as client:
+        ask_until(client, replicas, lambda counts: counts == [4, 4, 4])
+        replicas.health[1].set("", health_pb2.HealthCheckResponse.NOT_SERVING)
+        ask_until(client, replicas, lambda counts: counts == [6, 0, 6])
+        assert client.statistics.failures == {}
+        replicas.health[1].set("", health_pb2.HealthCheckResponse.SERVING)
+        ask_until(client, replicas, lambda counts: counts == [4, 4, 4])
+        # the next in turn answers for the one that cannot, and nobody is told
+        replicas.servicers[0].failures = [(AWAY, "0")] * 4
+        assert len(client.predict(np.stack([PICTURE] * 20))) == 20
+        assert client.statistics.failures in ({"UNAVAILABLE": 1}, {"UNAVAILABLE": 2})
+        replicas.servers[2].stop(0).wait()
+        ask_until(client, replicas, lambda counts: counts == [6, 6, 0])
+
+
+def test_asyncio_takes_turns_too(replicas: Replicas) -> None:
+    async def ask() -> Any:
+        async with AsyncClient(",".join(replicas.urls), "tiny") as client:
+            end = time.monotonic() + 20
+            while True:
+                replicas.asked()
+                await asyncio.gather(*(client.predict(PICTURE) for _ in range(12)))
+                if replicas.asked() == [4, 4, 4]:
+                    return client.statistics
+                assert time.monotonic() < end
+
+    assert asyncio.run(ask()).failures == {}
+
+
+def test_no_replica_that_serves_is_one_line_soon(replicas: Replicas, call: Callable[..., Any]) -> None:
+    for one in replicas.health:
+        one.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
+    start = time.monotonic()
+    with pytest.raises(Unavailable) as caught:
+        call("predict", replicas.urls, PICTURE)
+    assert str(caught.value).startswith(",".join(replicas.urls) + ": ")
+    assert str(caught.value).endswith("backend unhealthy (4 attempts)")
+    assert time.monotonic() - start < 10
+    assert replicas.asked() == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "url", ["127.0.0.1:1", ["127.0.0.1:1", "127.0.0.1:2"], "localhost:1", "no-such-host.invalid:1"]
+)
+def test_a_wrong_address_is_one_line_soon(call: Callable[..., Any], url: Any) -> None:
+    start = time.monotonic()
+    with pytest.raises(Unavailable) as caught:
+        call("predict", url, PICTURE, settings={"retries": PATIENT})
+    text = str(caught.value)
+    assert text.startswith((url if isinstance(url, str) else ",".join(url)) + ": ")
+    assert text.endswith(" (4 attempts)")
+    assert "\n" not in text
+    assert time.monotonic() - start < 15
 
 
 def test_no_retry_would_end_after_the_deadline(scripted: tuple[str, Scripted], call: Callable[..., Any]) -> None:

@@ -137,7 +137,7 @@ def test_a_batch_of_good_and_bad_requests(model: Model, tiny_bundle: Path, some_
         expected = [predictor.infer(image, router) for image in images]
         np.testing.assert_array_equal(response.tensors["probabilities"], [one.probabilities for one in expected])
         assert response.tensors["label"].tolist() == [one.label.encode() for one in expected]
-        assert set(response.parameters) == {"decode_ns", "compute_ns", "route_ns"}
+        assert set(response.parameters) == {"decode_ns", "compute_ns", "route_ns", "bundle"}
         assert response.parameters["compute_ns"] > 0
     cells = model.backend.MetricFamily.cells
     assert sum(count for (name, _), count in cells.items() if name == "trivium_routed_total") == 3
