@@ -31,6 +31,8 @@ STEPS = {"transfer": 50, "pgd": 20, "apgd": 50, "autoattack": 100, "adaptive": 5
 WORTH = 0.05
 """AutoAttack is spared an answerer whose accuracy under PGD is not above this."""
 BATCH = 64
+PIXELS = 64 * 224 * 224
+"""That AutoAttack works on at once: its late stages have few pictures left, and small batches cost twice as much each."""
 
 Tell = Callable[[int, int], None]
 
@@ -238,7 +240,8 @@ class Bench:
         system, norm, steps = self.system, self.norm, STEPS[attack]
         logits = system.logits(answerer)
         found = []
-        for part in rows.split(BATCH):
+        together = max(BATCH, PIXELS // self.x[0, 0].numel()) if attack == "autoattack" else BATCH
+        for part in rows.split(together):
             x, labels = self.x[part], self.labels[part]
             if attack == "transfer":
                 out = apgd(logits, x, labels, norm, eps, steps, generator=generator)
@@ -247,7 +250,7 @@ class Bench:
             elif attack == "apgd":
                 out = apgd(logits, x, labels, norm, eps, steps, generator=generator, stop_early=True)
             elif attack == "autoattack":
-                out = autoattack(logits, x, labels, norm, eps, self.seed, BATCH)
+                out = autoattack(logits, x, labels, norm, eps, self.seed, together)
             else:
                 out = adaptive(system, answerer, x, labels, norm, eps, steps, generator)
             found.append(out)
