@@ -253,7 +253,7 @@ def score_threshold(threshold: float) -> float:
     """
 
     def shifted(score: float) -> bool:
-        return bool(logistic(np.array([score]))[0] > threshold)
+        return logistic(score) > threshold
 
     if not shifted(FAR):
         return np.inf

@@ -273,6 +273,8 @@ class Manifest(Strict):
         if self.guarantees is not None:
             if unknown := sorted(self.guarantees.routers.keys() - set(self.routers())):
                 raise ValueError(f"guarantees name the router {unknown[0]!r}, which this model has not")
+            if missing := [name for name in self.routers() if name not in self.guarantees.routers]:
+                raise ValueError(f"guarantees lack the router {missing[0]!r}")
             drift = self.guarantees.drift
             if drift.head not in self.heads:
                 raise ValueError(f"guarantees.drift names {drift.head}, which is no head of this model")

@@ -203,6 +203,13 @@ def gate(heads: Sequence[str] = ("clean", "robust"), score: Mapping[str, Any] | 
     return {"intercept": dict.fromkeys(heads, 0.0), "features": [plain | dict(score or {})]}
 
 
+def guard(base: str = "combined") -> dict[str, Any]:
+    """A guard by its intercept alone."""
+    detector = {"weights": {}, "center": {}, "scale": {}, "intercept": 0.0}
+    harm = {"accuracy_loss": 0.01, "negative_flips": 0.01, "delta": 0.05}
+    return detector | {"base": base, "threshold": 0.5} | harm
+
+
 EDITS: dict[str, tuple[Edit, str]] = {
     "unknown key": (lambda d: d.update(surprise=1), "surprise: Extra inputs"),
     "unprintable unknown key": (lambda d: d.update({"\x1b[2J": 1}), r"\\x1b\[2J: Extra inputs"),
@@ -331,11 +338,11 @@ def test_sealing_again_changes_nothing(copy: Path) -> None:
 
 def test_routers_follow_the_heads_and_the_numbers(tiny_bundle: Path, single_head_bundle: Path) -> None:
     manifest = read_manifest(tiny_bundle)
-    assert manifest.routers() == ["clean", "robust", "combined", *(rule for rule in RULES if rule != "gate")]
+    assert manifest.routers() == ["clean", "robust", "combined", "mean", "min_entropy", "paper", "blend"]
     document = manifest.model_dump()
-    document["router"]["gate"] = gate()
+    document["router"] |= {"gate": gate(), "guard": guard()}
     assert Manifest.model_validate(document).routers() == ["clean", "robust", "combined", *RULES]
-    document["router"].pop("gate")
+    del document["router"]["gate"], document["router"]["guard"]
     assert Manifest.model_validate(document) == manifest
     assert read_manifest(single_head_bundle).routers() == ["original"]
 

@@ -212,8 +212,8 @@ def test_the_threshold_of_the_score_is_the_routers(threshold: float) -> None:
     if threshold == 1.0:
         assert bound == np.inf
         return
-    assert logistic(np.array([bound]))[0] <= threshold
-    assert logistic(np.array([np.nextafter(bound, np.inf)]))[0] > threshold
+    assert logistic(bound) <= threshold
+    assert logistic(np.nextafter(bound, np.inf)) > threshold
 
 
 def test_float32_arithmetic_chooses_the_same_away_from_thresholds_and_needs_no_doubles() -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
 from trivium.kernels import HeadStatistics
 from trivium.runtime.bundle import THREE_HEADS, BlendRule, Manifest
@@ -47,6 +48,8 @@ GATE = {
         feature("max_probability", ["combined"], [0.0, 0.0, 2.0], 0.5),
     ],
 }
+GUARD = BLEND | {"base": "combined", "accuracy_loss": 0.01, "negative_flips": 0.01, "delta": 0.05}
+BASES = ("robust", "combined", "mean", "min_entropy", "paper", "blend", "gate")
 
 
 def manifest(heads: tuple[str, ...] = ("clean", "robust", "combined"), classes: int = 2, **router: Any) -> Manifest:
@@ -234,6 +237,30 @@ def test_gate_with_scores_beyond_numbers() -> None:
     assert route(stats, manifest(gate=GATE), "gate").class_id.tolist() == [-1]
 
 
+@pytest.mark.parametrize("base", BASES)
+def test_guard_is_the_clean_head_until_a_shift_and_then_its_base(base: str) -> None:
+    # below the guard's threshold and above it, the blend's is out of the way
+    m = manifest(paper=PAPER, blend=BLEND | {"threshold": 0.0}, gate=GATE, guard=GUARD | {"base": base})
+    calm, shifted = statistics(divergence=(0.01, 0.01)), statistics(divergence=(0.6, 0.6))
+    assert answer(calm, m, "guard") == ("clean", 0, [0.75, 0.25])
+    assert answer(shifted, m, "guard") == answer(shifted, m, base) != ("clean", 0, [0.75, 0.25])
+    both = HeadStatistics(*(np.concatenate(pair) for pair in zip(calm, shifted, strict=True)))
+    assert route(both, m, "guard").head == ["clean", route(shifted, m, base).head[0]]
+
+
+def test_guard_at_its_threshold_stays_with_the_clean_head() -> None:
+    weightless = GUARD | {"weights": {}, "center": {}, "scale": {}}
+    assert answer(statistics(), manifest(guard=weightless), "guard")[0] == "clean"
+    assert answer(statistics(), manifest(guard=weightless | {"threshold": 0.49}), "guard")[0] == "combined"
+
+
+def test_guard_needs_another_router_for_a_base() -> None:
+    for base in ("guard", "gate", "nothing"):
+        with pytest.raises(ValidationError, match=f"router.guard.base '{base}' is no other router of this model"):
+            manifest(guard=GUARD | {"base": base})
+    assert "guard" not in routers(manifest(("original", "robust"), guard=GUARD | {"base": "robust"}))
+
+
 def test_equal_classes_give_the_first() -> None:
     even = statistics()._replace(probabilities=np.full((1, 3, 2), 0.5, np.float32))
     assert answer(even, manifest(), "mean")[1] == 0
@@ -258,17 +285,20 @@ def test_unknown_routers_are_refused_with_those_there_are() -> None:
 
 
 def test_every_rule_that_the_manifest_offers_exists() -> None:
-    m = manifest(paper=PAPER, blend=BLEND, gate=GATE)
+    m = manifest(paper=PAPER, blend=BLEND, gate=GATE, guard=GUARD)
     assert routers(m) == [*m.heads, *RULES]
     assert routers(manifest(("original",))) == ["original"]
     assert routers(manifest(("clean", "other"), blend=BLEND)) == ["clean", "other", "mean", "min_entropy"]
 
 
-@pytest.mark.parametrize("router", ["clean", "combined", *RULES])
-def test_an_answer_does_not_depend_on_the_batch(router: str) -> None:
+@pytest.mark.parametrize(
+    ("router", "base"),
+    [(router, "combined") for router in ("clean", "combined", *RULES)] + [("guard", base) for base in BASES],
+)
+def test_an_answer_does_not_depend_on_the_batch(router: str, base: str) -> None:
     rng = np.random.default_rng(3)
     n, k, c = 257, 3, 37
-    m = manifest(classes=c, paper=PAPER, blend=BLEND, gate=GATE)
+    m = manifest(classes=c, paper=PAPER, blend=BLEND, gate=GATE, guard=GUARD | {"base": base})
     stats = HeadStatistics(
         rng.dirichlet(np.ones(c), (n, k)).astype(np.float32),
         rng.gamma(1, 0.5, (n, k)).astype(np.float32),

@@ -1,0 +1,184 @@
+"""What a bundle's guarantees say of an answer: its prediction set, whether to abstain, how probable a shift is.
+
+Everything looks at one picture's row alone, in float64 from the float32 probabilities of the routed answer. The
+functions that calibration ranks pictures by are those that a server decides with.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Collection
+from functools import lru_cache
+from math import inf
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trivium.kernels import HeadStatistics
+
+from .bundle import Manifest
+from .errors import InvalidRequest
+from .guarantees import Confidence, Guarantees, SetScore
+from .router import Floats, Routed, shift_probability
+
+PROMISED = ("prediction_set", "abstain", "shift_score")
+"""Outputs of a model whose bundle has guarantees, and of no other."""
+WITHOUT = "this model has no guarantees, which `trivium calibrate` adds to its bundle"
+_ONE = int(np.float32(1).view(np.uint32))
+
+
+class Terms(NamedTuple):
+    """What a request asks of the guarantees: thresholds of the router that answers, and what to look up at all."""
+
+    quantile: float
+    """Of the conformity scores: the greatest that a class of the set has."""
+    confidence: Confidence
+    least: float
+    """Confidence at which an answer is given: -inf gives all, inf none."""
+    outputs: Collection[str] = PROMISED
+    """Those of PROMISED that are asked for."""
+
+
+def terms(
+    manifest: Manifest,
+    router: str | None = None,
+    coverage: float | None = None,
+    max_risk: float | None = None,
+    outputs: Collection[str] = PROMISED,
+) -> Terms | None:
+    """The terms of one request; None for a bundle without guarantees, of which none is asked.
+
+    A coverage between two certified levels takes the next higher one, a risk the next lower one. Where the bundle's own
+    risk was certified neither for this router nor at any lower level, no answer is given.
+
+    Raises: InvalidRequest for a coverage or a risk outside of what was certified, with the range.
+    """
+    found = manifest.guarantees
+    if found is None:
+        if coverage is not None or max_risk is not None:
+            raise InvalidRequest(f"no {'coverage' if max_risk is None else 'max_risk'} can be kept: {WITHOUT}")
+        return None
+    name = manifest.router.default if router is None else router
+    own = found.routers[name]
+    level = bisect_left(found.coverages, found.coverage) if coverage is None else coverage_level(found, coverage)
+    if max_risk is not None:
+        least = own.least[risk_level(found, name, max_risk)]
+        assert least is not None, "risk_level returns certified levels alone"
+    elif found.max_risk is None:
+        least = -inf
+    else:
+        usable = own.least[: bisect_right(found.risks, found.max_risk)]
+        least = next((one for one in reversed(usable) if one is not None), inf)
+    return Terms(own.lac[level] if found.score == "lac" else own.raps[level], own.confidence, least, outputs)
+
+
+def coverage_level(found: Guarantees, coverage: float) -> int:
+    """Place of the lowest coverage of the grid that is at least the one asked for.
+
+    Raises: InvalidRequest.
+    """
+    levels = found.coverages
+    if not levels[0] <= coverage <= levels[-1]:  # nor what is not a number
+        raise InvalidRequest(f"parameter 'coverage' must be from {levels[0]:g} to {levels[-1]:g}, got {coverage:g}")
+    return bisect_left(levels, coverage)
+
+
+def risk_level(found: Guarantees, router: str, max_risk: float) -> int:
+    """Place of the highest risk of the grid that is at most the one asked for and was certified for a router.
+
+    Raises: InvalidRequest.
+    """
+    certified = [place for place, least in enumerate(found.routers[router].least) if least is not None]
+    if not certified:
+        raise InvalidRequest(f"no 'max_risk' can be kept: none was certified for router {router!r}")
+    lowest, highest = found.risks[certified[0]], found.risks[-1]
+    if not lowest <= max_risk <= highest:
+        raise InvalidRequest(
+            f"parameter 'max_risk' must be from {lowest:g} to {highest:g} for router {router!r}, got {max_risk:g}"
+        )
+    return certified[bisect_right(certified, bisect_right(found.risks, max_risk) - 1) - 1]
+
+
+def conformity_scores(
+    probabilities: NDArray[np.float32], class_id: NDArray[np.int64], score: SetScore, penalty: float, free_ranks: int
+) -> Floats:
+    """How ill each class conforms with its picture, float64 [N, C]; -inf for the answered class.
+
+    lac: 1 - p (Sadinle et al. 2019). raps: the cumulative probability of the classes in descending order, equals by
+    their number, up to and including this one, + penalty * max(0, rank - free_ranks), rank from 1 (Angelopoulos et al.
+    2021, without its randomisation); a penalty of 0 is APS (Romano et al. 2020). That the answer belongs to every set
+    is part of the score, so that coverage stays exact.
+    """
+    exact = probabilities.astype(np.float64)
+    if score == "lac":
+        scores = 1 - exact
+    else:
+        order = (-exact).argsort(1, kind="stable")
+        ranks = np.arange(1, exact.shape[1] + 1)
+        ranked = np.take_along_axis(exact, order, 1).cumsum(1) + penalty * np.maximum(0, ranks - free_ranks)
+        scores = np.empty_like(exact)
+        np.put_along_axis(scores, order, ranked, 1)
+    scores[np.arange(len(scores)), class_id] = -np.inf
+    return scores
+
+
+def prediction_sets(routed: Routed, found: Guarantees, quantile: float) -> NDArray[np.bool_]:
+    """[N, C]: the classes whose conformity score is at most the quantile; the answer is always one of them."""
+    if found.score == "raps":
+        scores = conformity_scores(
+            routed.probabilities, routed.class_id, "raps", found.raps_penalty, found.raps_free_ranks
+        )
+        return scores <= quantile
+    sets: NDArray[np.bool_] = routed.probabilities >= least_probability(quantile)
+    for row, one in enumerate(routed.class_id.tolist()):
+        sets[row, one] = True
+    return sets
+
+
+@lru_cache(maxsize=4096)
+def least_probability(quantile: float) -> np.float32:
+    """The least float32 p, in [0, 1], with 1 - p <= quantile in float64: one comparison says what a score would.
+
+    quantile: of LAC, in [0, 1].
+    """
+    # the order of floats that are not negative is that of their bits
+    bits = bisect_left(range(_ONE + 1), True, key=lambda one: 1 - float(np.uint32(one).view(np.float32)) <= quantile)
+    return np.uint32(bits).view(np.float32)
+
+
+def confidence(routed: Routed, statistics: HeadStatistics, manifest: Manifest, kind: Confidence) -> Floats:
+    """What an answer is ranked by, float64 [N]: higher is surer.
+
+    max_probability: of the answer. predictive_entropy: minus that of the answer's probabilities, nats.
+    mutual_information: minus that of the head that answered, nats; of several the mean by their weights.
+    """
+    if kind == "max_probability":
+        rows = enumerate(routed.class_id.tolist())
+        return np.array([routed.probabilities.item(row, one) for row, one in rows], np.float64)
+    if kind == "predictive_entropy":
+        exact = routed.probabilities.astype(np.float64)
+        # a running sum has one order, whatever the number of pictures
+        total: Floats = (exact * np.log(np.where(exact > 0, exact, 1))).cumsum(1)[:, -1]
+        return total
+    information = statistics.mutual_information.astype(np.float64)
+    if routed.weights is None:
+        own: Floats = -information[:, [manifest.heads.index(head) for head in routed.head[:1]]].sum(1)
+        return own
+    mixed = np.zeros(len(information))
+    for k, weight in enumerate(routed.weights.T):
+        # the NaN of a head without weight must not spread
+        np.subtract(mixed, weight * information[:, k], out=mixed, where=weight > 0)
+    return mixed
+
+
+def abstentions(routed: Routed, statistics: HeadStatistics, manifest: Manifest, asked: Terms) -> NDArray[np.bool_]:
+    """[N]: True where the answer is less sure than the risk asked for allows."""
+    if asked.least in (-inf, inf):
+        return np.full(len(routed.class_id), asked.least == inf)
+    return ~(confidence(routed, statistics, manifest, asked.confidence) >= asked.least)
+
+
+def shift_scores(statistics: HeadStatistics, found: Guarantees, heads: list[str]) -> NDArray[np.float32]:
+    """[N]: the probability that a picture is unlike the clean calibration pictures. It says nothing about error."""
+    return shift_probability(statistics, found.shift, heads).astype(np.float32)
