@@ -12,9 +12,10 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
-from .bundle import Strict, printable
+from .bundle import printable
 from .engines import EngineChoice
 from .errors import ConfigError
+from .values import Strict
 
 PREFIX = "TRIVIUM_"
 Port = Annotated[int, Field(ge=0, le=65535)]

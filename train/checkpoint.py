@@ -16,8 +16,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from trivium.runtime.bundle import Dropout, Name, Preprocessing, digest
+from trivium.runtime.bundle import Dropout, Preprocessing, digest
 from trivium.runtime.errors import ClientError, TriviumError
+from trivium.runtime.values import Name
 
 from .models.backbone import create, split
 from .models.stages import Classifier

@@ -39,6 +39,7 @@ from .methods.clean import original_objective
 from .methods.teacher import Preflight, Teacher, judge, teacher_objective
 from .models.backbone import Inlet, create, load_weights, preprocessing_of, read_state, weights_file
 from .models.clip import create_clip, is_clip
+from .models.mc import ORIGINAL
 from .models.stages import Classifier, split
 from .models.student import Student
 from .progress import Watch
@@ -54,8 +55,6 @@ METHODS: dict[str, Callable[[Run, Student, Classifier | None, str], None]] = {
 fingerprint of all that these came from."""
 MODEL = "model.safetensors"
 STAGE = "stage.json"
-ORIGINAL = "original"
-"""As a head's source: the original of this run."""
 CHECKED = 5000
 """Calibration pictures, at most, that the teacher's check looks at."""
 

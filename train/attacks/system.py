@@ -12,10 +12,9 @@ from trivium.kernels import HeadStatistics, dropout_masks
 from trivium.runtime.bundle import GateFeature, Manifest
 from trivium.runtime.router import FLOOR, RULES, SHIFT_FEATURES, route, routers
 
-from ..models.mc import Heads, TensorStatistics, mc_statistics, normalise, tensor_statistics
+from ..models.mc import ORIGINAL, Heads, TensorStatistics, mc_statistics, normalise, tensor_statistics
 from .losses import Logits
 
-ORIGINAL = "original"
 LEAST = 1e-30
 """Of a probability whose logarithm is taken."""
 

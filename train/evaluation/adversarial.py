@@ -18,8 +18,9 @@ from ..attacks.apgd import apgd
 from ..attacks.autoattack import autoattack, require
 from ..attacks.ball import Norm
 from ..attacks.pgd import pgd
-from ..attacks.system import ORIGINAL, System
+from ..attacks.system import System
 from ..data.pictures import Pictures
+from ..models.mc import ORIGINAL
 from .results import Attacked, Attacks, short
 from .subject import CheckpointSubject, Subject
 from .tally import choose_pictures, labels_for
@@ -32,7 +33,7 @@ WORTH = 0.05
 """AutoAttack is spared an answerer whose accuracy under PGD is not above this."""
 BATCH = 64
 PIXELS = 64 * 224 * 224
-"""That AutoAttack works on at once: its late stages have few pictures left, and small batches cost twice as much each."""
+"""That AutoAttack works on at once: its late stages have few pictures left, and small batches cost twice as much."""
 
 Tell = Callable[[int, int], None]
 

@@ -9,8 +9,8 @@ from typing import Literal
 
 import numpy as np
 
+from ..models.mc import ORIGINAL
 from .results import Answerer, OnShift, Results
-from .tally import ORIGINAL
 
 Unit = Literal["share", "points", "number", "seconds", "area"]
 """share: in [0, 1], shown in percent; points: a difference of shares; area: under a curve, or another plain number."""

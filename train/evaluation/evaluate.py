@@ -16,6 +16,7 @@ from trivium.runtime.router import routers
 
 from ..data.pictures import Pictures
 from ..data.shift_sets import ShiftSet
+from ..models.mc import ORIGINAL
 from ..shifts.corruptions import SEVERITIES, TEST_CORRUPTIONS
 from ..shifts.styles import STYLES
 from . import metrics
@@ -37,7 +38,7 @@ from .results import (
 )
 from .shifted import COVERAGE, difference, mean_corruption_error, measure_outside, measure_set, measure_styles
 from .subject import Subject
-from .tally import CLEAN, ORIGINAL, Tally, ask, choose_pictures, variants
+from .tally import CLEAN, Tally, ask, choose_pictures, variants
 
 ENTROPY_BINS = 30
 LEAST_GAP = 5e-4

@@ -8,11 +8,11 @@ from itertools import pairwise
 
 from markupsafe import Markup, escape
 
+from ..models.mc import ORIGINAL
 from .charts import MARKS, Frame, Series, mark, stroke, svg
 from .report import KNOWN
 from .results import Diagram, Diagrams
 from .summary import Spread
-from .tally import ORIGINAL
 
 COLORS = (
     "--c-clean",

@@ -12,12 +12,13 @@ from trivium.runtime.errors import ConfigError
 
 from ..data.pictures import Pictures
 from ..data.shift_sets import ShiftSet
+from ..models.mc import ORIGINAL
 from ..shifts.corruptions import CALIBRATION_CORRUPTIONS
 from ..shifts.styles import STYLES, seen_styles
 from . import metrics
 from .results import Corrupted, Difference, MeanCorruptionError, OnShift, Outside, Shift, short
 from .subject import Subject
-from .tally import CLEAN, ORIGINAL, Tally, ask
+from .tally import CLEAN, Tally, ask
 
 COVERAGE = 0.8
 IMAGENET = 1000

@@ -11,9 +11,9 @@ import numpy as np
 
 from trivium.runtime.errors import ConfigError
 
+from ..models.mc import ORIGINAL
 from .columns import ACCURACY, CONFIDENCE, Column, Of, Unit, attack_columns, outside_columns, shift_columns
 from .results import Results, read_results
-from .tally import ORIGINAL
 
 RESULTS = "results.json"
 

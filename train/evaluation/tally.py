@@ -16,12 +16,12 @@ from trivium.runtime.router import route, routers, symmetric_divergence
 
 from ..data.pictures import Pictures
 from ..data.shift_sets import match
+from ..models.mc import ORIGINAL
 from ..shifts.corruptions import SEVERITIES, TEST_CORRUPTIONS, corrupt
 from ..shifts.styles import STYLES, restyle
 from . import metrics
 from .subject import Probabilities, Subject
 
-ORIGINAL = "original"
 CHUNK_BYTES = 64 << 20
 """Of pictures, held at once."""
 

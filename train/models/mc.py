@@ -14,6 +14,8 @@ from torch import Tensor
 from trivium.kernels import HeadStatistics, check_shapes, dropout_masks
 from trivium.runtime.bundle import Dropout, Preprocessing
 
+ORIGINAL = "original"
+"""What the original classifier is called, beside the names of heads and routers."""
 CHUNK = 1 << 24
 """Floats that one chunk of masked features or logits may hold."""
 
