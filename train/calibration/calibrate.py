@@ -13,14 +13,14 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import minimize_scalar
-from scipy.special import expit, logsumexp
-from sklearn.linear_model import LogisticRegression
+from scipy.special import logsumexp
 
 from trivium.runtime.bundle import BlendRule, Calibration, Dropout, PaperRule, RouterSettings
 from trivium.runtime.errors import ConfigError
-from trivium.runtime.router import SHIFT_FEATURES, routers, shift_features, symmetric_divergence
+from trivium.runtime.router import routers, shift_probability, symmetric_divergence
 
 from ..data.pictures import Pictures
+from ..guarantees.shift import fit_detector
 from ..models.mc import Heads
 from ..sections import CalibrationSpec
 from ..shifts.corruptions import CALIBRATION_CORRUPTIONS, SEVERITIES, corrupt
@@ -221,24 +221,10 @@ def fit_paper(observed: Observations, heads: Sequence[str], spec: CalibrationSpe
 
 
 def fit_blend(observed: Observations, heads: Sequence[str]) -> BlendRule:
-    """A logistic detector of shifted pictures on the router's standardised shift features; classes weigh the same.
-
-    The threshold is where a tenth of the clean pictures counts as shifted.
-    """
-    features = shift_features(observed.statistics, heads)
-    center, scale = features.mean(0), np.maximum(features.std(0), 1e-9)
-    standard = (features - center) / scale
-    model = LogisticRegression(C=1.0, class_weight="balanced", tol=1e-8, max_iter=1000).fit(standard, ~observed.clean)
-    probability = expit(model.intercept_[0] + standard[observed.clean] @ model.coef_[0])
-    named = {
-        "weights": dict(zip(SHIFT_FEATURES, model.coef_[0].tolist(), strict=True)),
-        "center": dict(zip(SHIFT_FEATURES, center.tolist(), strict=True)),
-        "scale": dict(zip(SHIFT_FEATURES, scale.tolist(), strict=True)),
-    }
-    return BlendRule.model_validate(
-        named
-        | {"intercept": float(model.intercept_[0]), "threshold": float(np.quantile(probability, 1 - FALSE_ALARMS))}
-    )
+    """A detector of shifted pictures, with the threshold at which a tenth of the clean pictures counts as shifted."""
+    detector = fit_detector(observed.statistics, ~observed.clean, heads)
+    probability = shift_probability(observed.take(observed.clean).statistics, detector, heads)
+    return BlendRule(**detector.model_dump(), threshold=float(np.quantile(probability, 1 - FALSE_ALARMS)))
 
 
 def fit_rules(observed: Observations, heads: Sequence[str], spec: CalibrationSpec = DEFAULT) -> RouterSettings:
