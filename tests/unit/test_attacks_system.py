@@ -21,7 +21,7 @@ from trivium.train.attacks.apgd import apgd
 from trivium.train.attacks.autoattack import autoattack
 from trivium.train.attacks.losses import wrong_answer
 from trivium.train.attacks.pgd import pgd
-from trivium.train.attacks.system import SOFT, System, routing
+from trivium.train.attacks.system import SOFT, System, beyond, routing
 from trivium.train.calibration.comparison import provisional
 from trivium.train.calibration.observe import Observer
 from trivium.train.data.pictures import DataSpec, Pictures, load_pictures
@@ -31,16 +31,19 @@ PREPROCESSING = Preprocessing(height=8, width=8, mean=(0.5, 0.5, 0.5), std=(0.25
 DROPOUT = Dropout(rate=0.5, passes=8, seed=3)
 HEADS = ("clean", "robust", "combined")
 FEATURES = ("divergence", "mutual_information", "energy")
+DETECTOR: dict[str, Any] = {
+    "weights": dict.fromkeys(FEATURES, 1.0),
+    "center": {"divergence": -2.0, "mutual_information": -2.0, "energy": -4.0},
+    "scale": dict.fromkeys(FEATURES, 1.0),
+    "intercept": 0.0,
+    "threshold": 0.5,
+}
+HARM = {"accuracy_loss": 0.01, "negative_flips": 0.01, "delta": 0.1}
 ROUTERS: dict[str, Any] = {
     "default": "blend",
     "paper": {"divergence_threshold": 0.3, "entropy_scale": {"clean": 0.5, "robust": 0.8}},
-    "blend": {
-        "weights": dict.fromkeys(FEATURES, 1.0),
-        "center": {"divergence": -2.0, "mutual_information": -2.0, "energy": -4.0},
-        "scale": dict.fromkeys(FEATURES, 1.0),
-        "intercept": 0.0,
-        "threshold": 0.5,
-    },
+    "blend": DETECTOR,
+    "guard": DETECTOR | HARM | {"base": "gate", "threshold": 0.4},
     "gate": {
         "intercept": {"clean": 0.2, "robust": 0.0, "combined": 0.1},
         "features": [
@@ -174,11 +177,20 @@ def test_every_rule_has_a_soft_twin_that_leans_its_way(system: System, batch: tu
             assert torch.equal(soft[apart, :2].argmax(1), hard[apart, :2].argmax(1))
         elif rule == "blend":
             assert torch.equal(soft[:, 2] > 0.75, hard[:, 2] == 1)
+        elif rule == "guard":
+            guard = system.manifest.router.guard
+            assert guard is not None
+            apart = beyond(statistics, guard, guard.threshold, HEADS).detach()
+            shifted, base = apart[:, 1] > 0.5, soft.clone()
+            base[:, 0] -= apart[:, 0]
+            assert 0 < shifted.sum() < len(x)
+            assert torch.equal(base[shifted].argmax(1), hard[shifted].argmax(1))
+            assert (hard[~shifted, 0] == 1).all()
         else:
             torch.testing.assert_close(soft, hard)
 
 
-@pytest.mark.parametrize("rule", ["min_entropy", "paper", "blend", "gate"])
+@pytest.mark.parametrize("rule", ["min_entropy", "paper", "blend", "gate", "guard"])
 def test_the_choice_has_a_finite_gradient(system: System, batch: tuple[Tensor, Tensor], rule: str) -> None:
     x = batch[0].clone().requires_grad_()
     statistics = system.statistics(x)

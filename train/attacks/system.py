@@ -10,6 +10,7 @@ from torch import Tensor
 
 from trivium.kernels import HeadStatistics, dropout_masks
 from trivium.runtime.bundle import GateFeature, Manifest
+from trivium.runtime.guarantees import ShiftDetector
 from trivium.runtime.router import FLOOR, RULES, SHIFT_FEATURES, route, routers
 
 from ..models.mc import ORIGINAL, Heads, TensorStatistics, mc_statistics, normalise, tensor_statistics
@@ -122,20 +123,21 @@ def _blend(statistics: TensorStatistics, manifest: Manifest) -> Tensor:
     """How far the detector's score lies above its threshold."""
     rule = manifest.router.blend
     assert rule is not None
-    clean, robust, combined = (manifest.heads.index(name) for name in ("clean", "robust", "combined"))
-    features = (
-        torch.log(FLOOR + symmetric(statistics)[:, clean, robust]),
-        torch.log(FLOOR + statistics.mutual_information[:, clean]),
-        statistics.energy[:, clean],
-    )
-    score = torch.full_like(statistics.energy[:, 0], rule.intercept)
-    for name, feature in zip(SHIFT_FEATURES, features, strict=True):
-        if name in rule.weights:
-            score = score + rule.weights[name] * (feature - rule.center[name]) / rule.scale[name]
-    threshold = min(max(rule.threshold, 1e-6), 1 - 1e-6)
-    above = score - math.log(threshold / (1 - threshold))
-    unshifted, shifted = lean(torch.stack([-above, above], 1)).unbind(1)
+    clean, combined = (manifest.heads.index(name) for name in ("clean", "combined"))
+    unshifted, shifted = beyond(statistics, rule, rule.threshold, manifest.heads).unbind(1)
     return spread(statistics, [clean, combined], torch.stack([unshifted / 2, unshifted / 2 + shifted], 1))
+
+
+def _guard(statistics: TensorStatistics, manifest: Manifest) -> Tensor:
+    """The same, between the clean head and the guarded rule's own twin."""
+    rule = manifest.router.guard
+    assert rule is not None
+    unshifted, shifted = beyond(statistics, rule, rule.threshold, manifest.heads).unbind(1)
+    if rule.base in manifest.heads:
+        base = spread(statistics, [manifest.heads.index(rule.base)], torch.ones_like(shifted)[:, None])
+    else:
+        base = SOFT[rule.base](statistics, manifest)
+    return spread(statistics, [manifest.heads.index("clean")], unshifted[:, None]) + shifted[:, None] * base
 
 
 def _gate(statistics: TensorStatistics, manifest: Manifest) -> Tensor:
@@ -150,6 +152,24 @@ def _gate(statistics: TensorStatistics, manifest: Manifest) -> Tensor:
         standard = (gate_feature(statistics, feature, manifest.heads) - feature.center) / feature.scale
         score = score + standard[:, None] * score.new_tensor([feature.weights[head] for head in answering])
     return spread(statistics, [manifest.heads.index(head) for head in answering], lean(score))
+
+
+def beyond(statistics: TensorStatistics, detector: ShiftDetector, threshold: float, heads: Sequence[str]) -> Tensor:
+    """[B, 2], each row sums to 1: how far a picture's score lies below and above the threshold of a probability."""
+    clean = heads.index("clean")
+    score = torch.full_like(statistics.energy[:, 0], detector.intercept)
+    for name in SHIFT_FEATURES:
+        if name in detector.weights:
+            if name == "divergence":
+                feature = torch.log(FLOOR + symmetric(statistics)[:, clean, heads.index("robust")])
+            elif name == "mutual_information":
+                feature = torch.log(FLOOR + statistics.mutual_information[:, clean])
+            else:
+                feature = statistics.energy[:, clean]
+            score = score + detector.weights[name] * (feature - detector.center[name]) / detector.scale[name]
+    threshold = min(max(threshold, 1e-6), 1 - 1e-6)
+    above = score - math.log(threshold / (1 - threshold))
+    return lean(torch.stack([-above, above], 1))
 
 
 def lean(scores: Tensor) -> Tensor:
@@ -189,5 +209,6 @@ SOFT: dict[str, Callable[[TensorStatistics, Manifest], Tensor]] = {
     "paper": _paper,
     "blend": _blend,
     "gate": _gate,
+    "guard": _guard,
 }
 """Rule -> weights [B, K] that move smoothly towards the head that the rule would choose."""
