@@ -36,8 +36,6 @@ OPTIONS: list[tuple[str, Any]] = [
 SPREAD = {"loadBalancingConfig": [{"round_robin": {}}], "healthCheckConfig": {"serviceName": ""}}
 """gRPC's service config for several servers: each gets its turn while its health (grpc.health.v1) is SERVING. One
 without that service counts as serving. There is no hedging, and retries are the client's own."""
-KEEPALIVE_ANSWER = 0.5
-"""How long an answer to a ping may take, as a share of the silence before it."""
 File: TypeAlias = "str | os.PathLike[str] | None"
 
 
@@ -59,10 +57,12 @@ class Connection:
         if not 0 <= keepalive <= 86400:
             raise ConfigError(f"keepalive must be seconds from 0 to 86400, got {keepalive}")
         if keepalive:
-            milliseconds = max(1, round(1000 * keepalive))
+            silence, answer = (max(1, round(1000 * seconds)) for seconds in (keepalive, keepalive / 2))
             self._options += [
-                ("grpc.keepalive_time_ms", milliseconds),
-                ("grpc.keepalive_timeout_ms", max(1, round(KEEPALIVE_ANSWER * milliseconds))),
+                ("grpc.keepalive_time_ms", silence),
+                ("grpc.keepalive_timeout_ms", answer),
+                # one sent to measure the connection takes the place of the one for its life, and has a minute
+                ("grpc.http2.ping_timeout_ms", answer),
             ]
         if token is not None and not (token.isascii() and token.isprintable() and token.strip()):
             raise ConfigError("the token must be printable ASCII")

@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -190,6 +191,28 @@ def test_a_server_that_comes_back_is_found_again(serve: Serve, tiny_bundle: Path
         finally:
             again.kill()
             again.wait()
+
+
+def test_a_replica_that_freezes_or_dies_costs_its_clients_no_answer(serve: Serve, tiny_bundle: Path) -> None:
+    first, second = (serve(tiny_bundle, "--instances", "1") for _ in range(2))
+
+    def shared() -> bool:
+        client.predict(PICTURE)
+        return all(one.metric("trivium_requests_total", code="OK") > 0 for one in (first, second))
+
+    with Client([first.url, second.url], "tiny", keepalive=0.5) as client:
+        first.wait_until(shared)
+        first.process.send_signal(signal.SIGSTOP)
+        for _ in range(3):
+            client.predict(PICTURE)
+        assert client.statistics.failures == {"UNAVAILABLE": 1}
+        first.stop(signal.SIGKILL)
+        for _ in range(3):
+            client.predict(PICTURE)
+        assert second.stop() == 0
+        with pytest.raises(Unavailable, match=rf"^{first.url},{second.url}: .* \(4 attempts\)$"):
+            client.predict(PICTURE)
+        assert client.statistics.failures == {"UNAVAILABLE": 5}
 
 
 class Secured:

@@ -590,8 +590,9 @@ def test_replicas_take_turns_as_long_as_they_say_that_they_serve(replicas: Repli
         ask_until(client, replicas, lambda counts: counts == [4, 4, 4])
         # the next in turn answers for the one that cannot, and nobody is told
         replicas.servicers[0].failures = [(AWAY, "0")] * 4
-        assert len(client.predict(np.stack([PICTURE] * 20))) == 20
-        assert client.statistics.failures in ({"UNAVAILABLE": 1}, {"UNAVAILABLE": 2})
+        for _ in range(6):
+            client.predict(PICTURE)
+        assert 1 <= client.statistics.failures["UNAVAILABLE"] <= 4
         replicas.servers[2].stop(0).wait()
         ask_until(client, replicas, lambda counts: counts == [6, 6, 0])
 
