@@ -121,6 +121,14 @@ class Settings(Strict):
     ready_file: Annotated[
         Path | None, Field(description="file to write the ready line to, a JSON object with the ports")
     ] = None
+    drift_window: Annotated[
+        int,
+        Field(ge=0, le=1_000_000, description="last pictures compared with the calibration's; 0: do not watch drift"),
+    ] = 1000
+    drift_run_length: Annotated[
+        int,
+        Field(ge=10_000, le=10**15, description="mean number of pictures until a false alarm of drift, at least"),
+    ] = 10_000_000
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"], Field(description="least level of the lines on stderr")
     ] = "info"

@@ -52,15 +52,33 @@ class RouterGuarantees(Strict):
 
 
 class DriftReference(Strict):
-    """Histograms of calibration pictures that a server compares its own with."""
+    """Histograms of calibration pictures that a server compares its own with.
 
-    pictures: Annotated[int, Field(ge=1)]
+    The edges should be of other pictures than those counted: then a count is exchangeable with a server's pictures, and
+    its sequential test exact.
+    """
+
+    pictures: Annotated[int, Field(ge=1, le=10**12)]
     edges: dict[DriftStatistic, list[Finite]]
     """Inner edges, ascending, of each statistic's bins: B - 1 of them; class_id has none, its bins are the classes."""
     counts: dict[DriftStatistic, list[Annotated[int, Field(ge=0)]]]
     """Pictures in each bin; a value equal to an edge counts below it. Entropy, information and energy are of the head
-    `head`; divergence is symmetrised, between clean and robust."""
+    `head`; divergence is symmetrised, between clean and robust; class_id is what the default router answered."""
     head: Name
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DriftReference:
+        if not self.counts or self.edges.keys() != self.counts.keys() - {"class_id"}:
+            raise ValueError("every statistic but class_id needs edges and counts")
+        for name, counts in self.counts.items():
+            if sum(counts) != self.pictures:
+                raise ValueError(f"the counts of {name} do not sum to the {self.pictures} pictures")
+            edges = self.edges.get(name, [])
+            if name != "class_id" and len(counts) != len(edges) + 1:
+                raise ValueError(f"{name} needs one count more than edges")
+            if any(b < a for a, b in pairwise(edges)):
+                raise ValueError(f"the edges of {name} must ascend")
+        return self
 
 
 class Guarantees(Strict):

@@ -20,6 +20,8 @@ from prometheus_client.samples import Exemplar
 
 from trivium.kernels import kernel_counts
 
+from .bundle import Manifest
+from .drift import Drift, drift_families
 from .predictor import Prediction, Predictor
 
 # 0.1 ms to 26 s, each twice the one before: a tiny model's request takes 0.3 ms, a ViT's queue seconds
@@ -71,11 +73,12 @@ class Distribution:
 class ModelMetrics:
     """One model's cells, which ModelStatistics answers from as well."""
 
-    def __init__(self, predictor: Predictor) -> None:
+    def __init__(self, predictor: Predictor, drift: Drift | None = None) -> None:
         manifest = predictor.manifest
         self.labels = (manifest.name, manifest.version)
         self.engine = (predictor.engine.kernels, predictor.engine.device)
         self.bundle = predictor.digest
+        self.drift = drift
         self.heads = manifest.heads
         self.codes: dict[str, int] = {"OK": 0}
         """Requests by gRPC status code."""
@@ -118,6 +121,8 @@ class ModelMetrics:
         self.sums_ns["fail"] += total_ns
 
     def _observe(self, prediction: Prediction) -> None:
+        if self.drift is not None:
+            self.drift.add(prediction)
         head = prediction.head
         self.routed[head] = self.routed.get(head, 0) + 1
         for cells, value in zip(self.entropy, prediction.predictive_entropy.tolist(), strict=True):
@@ -170,11 +175,18 @@ class Metrics(Collector):
     Args:
         gauges: name -> (help, the value now), read at each scrape.
         executed: pictures taken up by workers since the start.
+        drift: makes a model's watch; None where it is not to be watched.
     """
 
-    def __init__(self, gauges: dict[str, tuple[str, Callable[[], float]]], executed: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        gauges: dict[str, tuple[str, Callable[[], float]]],
+        executed: Callable[[], int],
+        drift: Callable[[Manifest], Drift | None] = lambda manifest: None,
+    ) -> None:
         self.gauges = gauges
         self._executed = executed
+        self._drift = drift
         self.loads = Loads()
         self.denied = {"UNAUTHENTICATED": 0, "PERMISSION_DENIED": 0}
         """Calls refused for want of a token or of permission, by status code."""
@@ -196,10 +208,13 @@ class Metrics(Collector):
 
         Those of its name, version and heads go on where there are some: a reload is no reason for a counter to restart.
         """
-        fresh = ModelMetrics(predictor)
+        fresh = ModelMetrics(predictor, self._drift(predictor.manifest))
         known = self._models.get(fresh.labels)
         if known is not None and known.heads == fresh.heads:
             known.engine, known.bundle = fresh.engine, fresh.bundle
+            if fresh.drift is not None and known.drift is not None:
+                fresh.drift.alarms = known.drift.alarms
+            known.drift = fresh.drift
             return known
         self._models[fresh.labels] = fresh
         return fresh
@@ -226,6 +241,8 @@ class Metrics(Collector):
         yield requests
         yield from self._histograms()
         yield from self._counters()
+        watched = [(model.labels, model.drift) for model in self._models.values() if model.drift is not None]
+        yield from drift_families(watched)
         yield from self.loads.collect()
         denied = CounterMetricFamily(
             "trivium_denied", "Calls refused for want of a token or of permission.", labels=("code",)

@@ -20,8 +20,10 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from . import http2, memory, wire
+from .bundle import Manifest
 from .config import Settings
 from .cpus import usable_cpus
+from .drift import Drift, watch
 from .errors import ConfigError
 from .health import SERVING, Health
 from .journal import Journal
@@ -109,7 +111,7 @@ class Server:
             preferred=settings.preferred_batches,
             shed_late=settings.shed_late,
         )
-        self.metrics = Metrics(scheduler_gauges(self.scheduler), lambda: self.scheduler.executed)
+        self.metrics = Metrics(scheduler_gauges(self.scheduler), lambda: self.scheduler.executed, self._drift)
         self.repository = Repository(self.metrics)
         self.health = Health()
         self.lifecycle = Lifecycle(settings, self.repository, self.metrics.loads, self.health)
@@ -136,6 +138,9 @@ class Server:
         reflection_pb2_grpc.add_ServerReflectionServicer_to_server(
             reflection.aio.ReflectionServicer((*SERVICES, reflection.SERVICE_NAME)), handlers
         )
+
+    def _drift(self, manifest: Manifest) -> Drift | None:
+        return watch(manifest, self.settings.drift_window, self.settings.drift_run_length)
 
     def _transport(self) -> Any:
         settings = self.settings
