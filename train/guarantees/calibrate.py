@@ -177,8 +177,7 @@ def guarantees_of(
         name: thresholds_of(name, whole, tuning, calibration.take(second) if name == "guard" else calibration, settings)
         for name in whole.routers()
     }
-    monitored = [each.clean if settings.drift == "clean" else each.statistics for each in (tuning, calibration)]
-    both = HeadStatistics(*(np.concatenate(pair) for pair in zip(*monitored, strict=True)))
+    tuned, counted = (each.clean if settings.drift == "clean" else each.statistics for each in (tuning, calibration))
     guarantees = Guarantees(
         mixture=dict(settings.mixture),
         pictures=len(calibration),
@@ -196,7 +195,7 @@ def guarantees_of(
         max_risk=settings.max_risk or own_risk(whole, tuning, rows[whole.router.default], settings),
         routers=rows,
         shift=detector,
-        drift=drift_reference(both, whole),
+        drift=drift_reference(tuned, counted, whole),
     )
     return guarantees, guard
 

@@ -7,35 +7,36 @@ from numpy.typing import NDArray
 
 from trivium.kernels import HeadStatistics
 from trivium.runtime.bundle import Manifest
+from trivium.runtime.drift import drift_values
 from trivium.runtime.guarantees import DriftReference, DriftStatistic
-from trivium.runtime.router import route, symmetric_divergence
+from trivium.runtime.router import route
 
 BINS = 100
 PICTURES_A_BIN = 10
 """With fewer pictures there are fewer bins."""
 
 
-def drift_reference(statistics: HeadStatistics, manifest: Manifest) -> DriftReference:
-    """Histograms over N pictures: of the clean head, or else the first, and of what the default router answers.
+def drift_reference(tuning: HeadStatistics, calibration: HeadStatistics, manifest: Manifest) -> DriftReference:
+    """Histograms over calibration pictures: of the clean head, or else the first, and of what the default router
+    answers.
 
-    The bins of a statistic are cut at its quantiles, so that each holds nearly as many pictures; no bin is empty, but
-    for a class that no picture was taken for.
+    The bins of a statistic are cut at the tuning pictures' quantiles, so that each holds about as many pictures, and
+    that which bin a picture falls into does not depend on the pictures it is compared with.
     """
-    heads = manifest.heads
-    head = "clean" if "clean" in heads else heads[0]
-    k = heads.index(head)
-    values: dict[DriftStatistic, NDArray[np.float64]] = {
-        "predictive_entropy": statistics.predictive_entropy[:, k].astype(np.float64),
-        "mutual_information": statistics.mutual_information[:, k].astype(np.float64),
-        "energy": statistics.energy[:, k].astype(np.float64),
+    head = "clean" if "clean" in manifest.heads else manifest.heads[0]
+    edges: dict[DriftStatistic, list[float]] = {
+        name: edges_of(column) for name, column in watched(tuning, manifest, head).items() if name != "class_id"
     }
-    if {"clean", "robust"} <= set(heads):
-        values["divergence"] = symmetric_divergence(statistics, heads.index("clean"), heads.index("robust"))
-    edges = {name: edges_of(column) for name, column in values.items()}
-    counts = {name: histogram(column, edges[name]) for name, column in values.items()}
-    answers = route(statistics, manifest).class_id
+    values = watched(calibration, manifest, head)
+    counts: dict[DriftStatistic, list[int]] = {name: histogram(values[name], own) for name, own in edges.items()}
+    answers = values["class_id"].astype(np.int64)
     counts["class_id"] = np.bincount(answers, minlength=len(manifest.classes)).tolist()
     return DriftReference(pictures=len(answers), edges=edges, counts=counts, head=head)
+
+
+def watched(statistics: HeadStatistics, manifest: Manifest, head: str) -> dict[DriftStatistic, NDArray[np.float64]]:
+    """What a server would watch of N pictures, [N] each."""
+    return drift_values(statistics, route(statistics, manifest).class_id, manifest.heads, head)
 
 
 def edges_of(values: NDArray[np.float64]) -> list[float]:
