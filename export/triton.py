@@ -15,7 +15,7 @@ from trivium.runtime.bundle import MANIFEST, Manifest, open_bundle
 from trivium.runtime.cpus import usable_cpus
 from trivium.runtime.errors import ConfigError
 from trivium.runtime.triton import BUNDLE, ENCODED, IMAGE
-from trivium.runtime.wire import OUTPUTS, config_parameters
+from trivium.runtime.wire import config_parameters, outputs_of
 
 from .pack import staging
 
@@ -31,7 +31,8 @@ from trivium.runtime.triton import Model
 class TritonPythonModel(Model):
     backend = triton_python_backend_utils
 '''
-TYPES = {"UINT8": pb.TYPE_UINT8, "BYTES": pb.TYPE_STRING, "FP32": pb.TYPE_FP32, "INT64": pb.TYPE_INT64}
+TYPES = {"UINT8": pb.TYPE_UINT8, "BYTES": pb.TYPE_STRING, "BOOL": pb.TYPE_BOOL}
+TYPES |= {"FP32": pb.TYPE_FP32, "INT64": pb.TYPE_INT64}
 MAX_QUEUE = 256
 MAX_WAIT_US = 600_000_000
 """Triton lets a request shorten its time in the queue, but only where there is one to be shortened."""
@@ -120,7 +121,7 @@ def config(manifest: Manifest, device: Literal["cpu", "cuda"], instances: int, m
 
     add(model.input, IMAGE, "UINT8", (height, width, 3), optional=True)
     add(model.input, ENCODED, "BYTES", (), optional=True)
-    for name, output in OUTPUTS.items():
+    for name, output in outputs_of(manifest).items():
         add(model.output, name, output.datatype, output.dims(len(manifest.heads), len(manifest.classes)))
     kind = pb.ModelInstanceGroup.KIND_GPU if batching else pb.ModelInstanceGroup.KIND_CPU
     model.instance_group.add(name=manifest.name, count=instances, kind=kind)

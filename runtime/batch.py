@@ -66,7 +66,8 @@ class Batch:
                 continue
             timings = Timings(found[1], job.queue_ns, share)
             try:
-                answers.append(self._predictor.answer(next(statistics), job.payload.request.router, timings))
+                request: wire.Request = job.payload.request
+                answers.append(self._predictor.answer(next(statistics), request.router, timings, request.terms))
             except TriviumError as error:
                 answers.append(error)
         return answers
@@ -77,7 +78,8 @@ def answer(job: Job[Prediction], index: int) -> Prediction:
     asked: Asked = job.payload
     asked.take_up(index)
     image, decode_ns = asked.decoded(index)
-    return asked.predictor.infer(image, asked.request.router, decode_ns=decode_ns, queue_ns=job.queue_ns)
+    request = asked.request
+    return asked.predictor.infer(image, request.router, request.terms, decode_ns=decode_ns, queue_ns=job.queue_ns)
 
 
 def _decode(picture: tuple[Job[Prediction], int]) -> Decoded | TriviumError:

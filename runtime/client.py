@@ -31,6 +31,8 @@ class Client(ClientCore):
         *,
         router: str | None = None,
         priority: int | None = None,
+        coverage: float | None = None,
+        max_risk: float | None = None,
         timeout: float | None = None,
         request_id: str | None = None,
         traceparent: str | None = None,
@@ -41,6 +43,8 @@ class Client(ClientCore):
         Args:
             router: a head's name or a rule; the model's own choice by default.
             priority: 1 urgent, 2 normal.
+            coverage: of the prediction sets, where the bundle has guarantees; the model's own by default.
+            max_risk: of error among the answers that are not abstained from; likewise.
             timeout: seconds for all of it, retries included; the client's by default.
             request_id: for the server's log; made up by default.
             traceparent, tracestate: of the caller's span, as W3C Trace Context writes them.
@@ -48,7 +52,9 @@ class Client(ClientCore):
         Raises: InvalidPicture for a file that cannot be read; InvalidRequest, UnknownModel, Unauthenticated,
             PermissionDenied, QueueFull, DeadlineExceeded, Unavailable or another TriviumError as the server answered.
         """
-        return self._run(self._predict(pictures, router, priority, timeout, request_id, traceparent, tracestate))
+        return self._run(
+            self._predict(pictures, router, priority, coverage, max_risk, timeout, request_id, traceparent, tracestate)
+        )
 
     def metadata(self, timeout: float | None = None) -> ModelMetadata:
         """What the server says of the model.

@@ -29,13 +29,17 @@ class AsyncClient(ClientCore):
         *,
         router: str | None = None,
         priority: int | None = None,
+        coverage: float | None = None,
+        max_risk: float | None = None,
         timeout: float | None = None,
         request_id: str | None = None,
         traceparent: str | None = None,
         tracestate: str | None = None,
     ) -> list[ServedPrediction]:
         """As Client.predict; files are read and PIL images encoded in a thread."""
-        return await self._run(self._predict(pictures, router, priority, timeout, request_id, traceparent, tracestate))
+        return await self._run(
+            self._predict(pictures, router, priority, coverage, max_risk, timeout, request_id, traceparent, tracestate)
+        )
 
     async def metadata(self, timeout: float | None = None) -> ModelMetadata:
         """As Client.metadata."""

@@ -32,7 +32,7 @@ PNG_MODES = {"1", "L", "LA", "I", "I;16", "P", "RGB", "RGBA"}
 """Of PIL images: those that a PNG can hold as they are."""
 NEAREST_MODES = {"La": "LA", "PA": "RGBA", "RGBa": "RGBA"}
 """What keeps the pixels of others; the rest becomes RGB."""
-DTYPES: dict[str, np.dtype[Any]] = {"FP32": np.dtype("<f4"), "INT64": np.dtype("<i8")}
+DTYPES: dict[str, np.dtype[Any]] = {"FP32": np.dtype("<f4"), "INT64": np.dtype("<i8"), "BOOL": np.dtype("?")}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -64,6 +64,8 @@ class ModelMetadata:
     """Height and width of pictures that are sent as arrays."""
     max_batch: int
     """Most pictures of one message."""
+    guarantees: dict[str, Any] | None = None
+    """What may be asked of the bundle's guarantees, as promises.ranges has it; None where it has none."""
 
 
 def each(pictures: Picture | Iterable[Picture]) -> Iterator[Picture]:
@@ -160,10 +162,12 @@ def write_request(
     request_id: str = "",
     router: str | None = None,
     priority: int | None = None,
+    coverage: float | None = None,
+    max_risk: float | None = None,
 ) -> Any:
     """The ModelInferRequest for pictures of one kind and size.
 
-    Raises: InvalidRequest for an id, a router or a priority that no message can hold.
+    Raises: InvalidRequest for an id, a router, a priority or a level that no message can hold.
     """
     try:
         message = service_pb2.ModelInferRequest(model_name=model, model_version=version, id=request_id)
@@ -171,6 +175,9 @@ def write_request(
             message.parameters["router"].string_param = router
         if priority is not None:
             message.parameters["priority"].int64_param = priority
+        for name, level in (("coverage", coverage), ("max_risk", max_risk)):
+            if level is not None:
+                message.parameters[name].double_param = level
     except (TypeError, ValueError) as error:
         raise InvalidRequest(f"the request cannot be written: {error}") from None
     if (shape := _shape(pictures[0])) is None:
@@ -214,6 +221,9 @@ def read_response(response: Any) -> list[ServedPrediction]:
             mutual_information=found["mutual_information"][i],
             divergence=found["divergence"][i],
             energy=found["energy"][i],
+            prediction_set=found["prediction_set"][i] if "prediction_set" in found else None,
+            abstain=found["abstain"][i].item() if "abstain" in found else None,
+            shift_score=found["shift_score"][i].item() if "shift_score" in found else None,
             timings=timings,
             request_id=response.id,
             model=response.model_name,
@@ -241,6 +251,7 @@ def read_metadata(metadata: Any, config: Any) -> ModelMetadata:
             routers=tuple(parameters["routers"].split(",")),
             size=(height, width),
             max_batch=most_pictures(config),
+            guarantees=json.loads(parameters["guarantees"]) if "guarantees" in parameters else None,
         )
     except (KeyError, ValueError, TypeError, StopIteration):
         raise ServerError(f"the server does not say what heads and classes {metadata.name!r} has") from None

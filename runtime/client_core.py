@@ -170,6 +170,8 @@ class ClientCore:
         pictures: Picture | Iterable[Picture],
         router: str | None,
         priority: int | None,
+        coverage: float | None,
+        max_risk: float | None,
         timeout: float | None,
         request_id: str | None,
         traceparent: str | None,
@@ -178,6 +180,7 @@ class ClientCore:
         deadline = self._deadline(timeout)
         metadata = self._connection.metadata + _trace(traceparent, tracestate)
         write = partial(write_request, version=self.version, router=router, priority=priority)
+        write = partial(write, coverage=coverage, max_risk=max_risk)
         write = partial(write, request_id=uuid4().hex if request_id is None else request_id)
         # one picture alone fits every server; how many do is asked where there is a second
         batch = Batch(1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter_ns
 from typing import Literal, NamedTuple
@@ -19,6 +19,7 @@ from .engine import Backend
 from .engines import EngineChoice, start_engine
 from .errors import EngineError, TriviumError
 from .preprocess import DEFAULT_LIMITS, Limits, decode
+from .promises import Terms, abstentions, prediction_sets, shift_scores, terms
 from .router import route
 
 
@@ -52,6 +53,13 @@ class Prediction:
     energy: NDArray[np.float32]
     """[K]."""
     timings: Timings
+    prediction_set: NDArray[np.bool_] | None = field(default=None, kw_only=True)
+    """[C]: the classes of which the right one is one, as often as the coverage says. None, as the next two, where the
+    bundle has no guarantees, or where it was not asked for."""
+    abstain: bool | None = field(default=None, kw_only=True)
+    """Whether the answer is too unsure for the risk."""
+    shift_score: float | None = field(default=None, kw_only=True)
+    """Probability, float32, that the picture is unlike the clean calibration pictures; it says nothing about error."""
 
 
 class Predictor:
@@ -123,18 +131,28 @@ class Predictor:
         return [HeadStatistics(*(values[i : i + 1] for values in statistics)) for i in range(len(images))], share
 
     def infer(
-        self, image: NDArray[np.uint8], router: str | None = None, *, decode_ns: int = 0, queue_ns: int = 0
+        self,
+        image: NDArray[np.uint8],
+        router: str | None = None,
+        asked: Terms | None = None,
+        *,
+        decode_ns: int = 0,
+        queue_ns: int = 0,
     ) -> Prediction:
         """Answer one picture, uint8 [H, W, 3]. The time it took before comes back in the answer's timings.
+
+        asked: of the bundle's guarantees, `promises.terms` of the same router; by default all, at its own levels.
 
         Raises: InvalidRequest for another shape or an unknown router; EngineError.
         """
         start = perf_counter_ns()
         statistics = self.engine.run(image[None])
         computed = perf_counter_ns()
-        return self.answer(statistics, router, Timings(decode_ns, queue_ns, computed - start))
+        return self.answer(statistics, router, Timings(decode_ns, queue_ns, computed - start), asked)
 
-    def answer(self, statistics: HeadStatistics, router: str | None, timings: Timings) -> Prediction:
+    def answer(
+        self, statistics: HeadStatistics, router: str | None, timings: Timings, asked: Terms | None = None
+    ) -> Prediction:
         """Route the statistics of one picture (N = 1); `timings.route` is measured here.
 
         Raises: InvalidRequest for an unknown router; EngineError where the statistics are not numbers.
@@ -144,6 +162,16 @@ class Predictor:
         class_id = int(routed.class_id[0])
         if class_id < 0:
             raise EngineError("the model's answer to this picture is not a number")
+        prediction_set: NDArray[np.bool_] | None = None
+        abstain: bool | None = None
+        shift_score: float | None = None
+        if (guarantees := self.manifest.guarantees) is not None and (asked := asked or terms(self.manifest, router)):
+            if "prediction_set" in asked.outputs:
+                prediction_set = prediction_sets(routed, guarantees, asked.quantile)[0]
+            if "abstain" in asked.outputs:
+                abstain = bool(abstentions(routed, statistics, self.manifest, asked)[0])
+            if "shift_score" in asked.outputs:
+                shift_score = shift_scores(statistics, guarantees, self.manifest.heads).item(0)
         return Prediction(
             probabilities=routed.probabilities[0],
             class_id=class_id,
@@ -155,4 +183,7 @@ class Predictor:
             divergence=statistics.divergence[0],
             energy=statistics.energy[0],
             timings=Timings(timings.decode, timings.queue, timings.compute, perf_counter_ns() - start),
+            prediction_set=prediction_set,
+            abstain=abstain,
+            shift_score=shift_score,
         )

@@ -10,7 +10,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Collection
 from functools import lru_cache
 from math import inf
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,11 +20,13 @@ from trivium.kernels import HeadStatistics
 from .bundle import Manifest
 from .errors import InvalidRequest
 from .guarantees import Confidence, Guarantees, SetScore
-from .router import Floats, Routed, shift_probability
+from .router import Floats, Routed, shift_probability, unknown_router
 
 PROMISED = ("prediction_set", "abstain", "shift_score")
 """Outputs of a model whose bundle has guarantees, and of no other."""
-WITHOUT = "this model has no guarantees, which `trivium calibrate` adds to its bundle"
+LEVELS = ("coverage", "max_risk")
+"""Parameters of a request to such a model."""
+WITHOUT = "its bundle has no guarantees; run: trivium calibrate BUNDLE"
 _ONE = int(np.float32(1).view(np.uint32))
 
 
@@ -52,15 +54,18 @@ def terms(
     A coverage between two certified levels takes the next higher one, a risk the next lower one. Where the bundle's own
     risk was certified neither for this router nor at any lower level, no answer is given.
 
-    Raises: InvalidRequest for a coverage or a risk outside of what was certified, with the range.
+    Raises: InvalidRequest for an unknown router, or a coverage or risk outside of what was certified, with the range.
     """
     found = manifest.guarantees
     if found is None:
         if coverage is not None or max_risk is not None:
-            raise InvalidRequest(f"no {'coverage' if max_risk is None else 'max_risk'} can be kept: {WITHOUT}")
+            name = "max_risk" if coverage is None else "coverage"
+            raise InvalidRequest(f"parameter {name!r} cannot be used for model {manifest.name!r}; {WITHOUT}")
         return None
     name = manifest.router.default if router is None else router
-    own = found.routers[name]
+    own = found.routers.get(name)
+    if own is None:
+        raise unknown_router(name, manifest.routers())
     level = bisect_left(found.coverages, found.coverage) if coverage is None else coverage_level(found, coverage)
     if max_risk is not None:
         least = own.least[risk_level(found, name, max_risk)]
@@ -71,6 +76,35 @@ def terms(
         usable = own.least[: bisect_right(found.risks, found.max_risk)]
         least = next((one for one in reversed(usable) if one is not None), inf)
     return Terms(own.lac[level] if found.score == "lac" else own.raps[level], own.confidence, least, outputs)
+
+
+def number(name: str, value: object) -> float:
+    """A level as it came: a number, or text that holds one.
+
+    Raises: InvalidRequest.
+    """
+    try:
+        if isinstance(value, (float, int, str)) and not isinstance(value, bool):
+            return float(value)
+    except (ValueError, OverflowError):
+        pass
+    raise InvalidRequest(f"parameter {name!r} must be a number, got {value!r:.100}")
+
+
+def ranges(found: Guarantees) -> dict[str, Any]:
+    """What a request may ask for, and of which pictures it holds: the default `coverage` and `max_risk` (or None), the
+    least and greatest of `coverages`, those of `risks` for each router that has some, and the `mixture`."""
+    certified = {
+        router: [risk for risk, least in zip(found.risks, own.least, strict=True) if least is not None]
+        for router, own in found.routers.items()
+    }
+    return {
+        "coverage": found.coverage,
+        "coverages": [found.coverages[0], found.coverages[-1]],
+        "max_risk": found.max_risk,
+        "risks": {router: [risks[0], found.risks[-1]] for router, risks in certified.items() if risks},
+        "mixture": found.mixture,
+    }
 
 
 def coverage_level(found: Guarantees, coverage: float) -> int:

@@ -59,11 +59,11 @@ def route(statistics: HeadStatistics, manifest: Manifest, router: str | None = N
         # float32 as it is
         probabilities = statistics.probabilities[:, manifest.heads.index(name)].astype(np.float32, copy=False)
         weights, labels = None, [name] * len(probabilities)
-    elif router is None or name in (available := routers(manifest)):
+    elif router is None or name in routers(manifest):
         weights, labels = RULES[name](statistics, manifest)
         probabilities = _mix(statistics, weights)
     else:
-        raise InvalidRequest(f"unknown router {name[:100]!r}; this model has: {', '.join(available)}")
+        raise unknown_router(name, routers(manifest))
     class_id = probabilities.argmax(1)
     # argmax finds the first NaN where there is one; for the one picture of a request numpy would take longer
     for row, index in enumerate(class_id.tolist()):
@@ -75,6 +75,11 @@ def route(statistics: HeadStatistics, manifest: Manifest, router: str | None = N
 def routers(manifest: Manifest) -> list[str]:
     """Names of the routers that the bundle can use: its heads, then the rules whose heads and numbers it has."""
     return manifest.routers()
+
+
+def unknown_router(name: str, available: Sequence[str]) -> InvalidRequest:
+    """What a request for a router that a model has not is answered."""
+    return InvalidRequest(f"unknown router {name[:100]!r}; this model has: {', '.join(available)}")
 
 
 def shift_features(statistics: HeadStatistics, heads: Sequence[str]) -> Floats:

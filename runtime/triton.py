@@ -22,12 +22,15 @@ from .bundle import Manifest
 from .errors import EngineError, InvalidRequest, TriviumError
 from .metrics import ENTROPY, INFORMATION
 from .predictor import Prediction, Predictor, Timings
+from .promises import LEVELS, Terms, number, terms
 
 BUNDLE = "bundle"
 """The bundle's folder within the version's."""
 IMAGE, ENCODED = "image", "encoded_image"
 CODES = {"INVALID_ARGUMENT": "INVALID_ARG", "NOT_FOUND": "NOT_FOUND", "UNAVAILABLE": "UNAVAILABLE"}
 """gRPC status -> the TritonError code that becomes it; any other is INTERNAL."""
+SCALARS = {bool: np.bool_, int: np.int64, float: np.float32}
+"""What one number a picture becomes."""
 STAGES = ("decode", "compute", "route")
 """Of the response parameters; the queue is Triton's, whose statistics tell of it."""
 
@@ -40,6 +43,7 @@ class Pictures:
     """[N, H, W, 3]."""
     decode_ns: list[int]
     router: str | None
+    terms: Terms | None
 
 
 class Model:
@@ -83,7 +87,8 @@ class Model:
 
     def _read(self, request: Any) -> Pictures | TriviumError:
         try:
-            router = _router(json.loads(request.parameters() or "{}"))
+            router, coverage, max_risk = _parameters(json.loads(request.parameters() or "{}"))
+            asked = terms(self.predictor.manifest, router, coverage, max_risk, request.requested_output_names())
             tensors = {name: self.backend.get_input_tensor_by_name(request, name) for name in (IMAGE, ENCODED)}
             given = [name for name, tensor in tensors.items() if tensor is not None]
             if len(given) != 1:
@@ -95,14 +100,15 @@ class Model:
                     f"{self.predictor.manifest.name!r}, and at least 1, got {len(array)}"
                 )
             if given == [IMAGE]:
-                return Pictures(array, [0] * len(array), router)
-            return self._decode(array.ravel().tolist(), router)
+                return Pictures(array, [0] * len(array), router, asked)
+            return self._decode(array.ravel().tolist(), router, asked)
         except Exception as error:
             return self._known(error)
 
-    def _decode(self, encoded: Sequence[bytes], router: str | None) -> Pictures:
+    def _decode(self, encoded: Sequence[bytes], router: str | None, asked: Terms | None) -> Pictures:
         decoded = [self.predictor.decode_one(encoded, index) for index in range(len(encoded))]
-        return Pictures(np.stack([image for image, _ in decoded]), [decode_ns for _, decode_ns in decoded], router)
+        images = np.stack([image for image, _ in decoded])
+        return Pictures(images, [decode_ns for _, decode_ns in decoded], router, asked)
 
     def _answer(self, asked: Sequence[Pictures]) -> list[list[Prediction] | TriviumError]:
         """One run of the engine for all requests; each is routed by its own rule."""
@@ -118,7 +124,7 @@ class Model:
             try:
                 answers.append(
                     [
-                        self.predictor.answer(row, one.router, Timings(decode_ns, 0, compute_ns))
+                        self.predictor.answer(row, one.router, Timings(decode_ns, 0, compute_ns), one.terms)
                         for row, decode_ns in zip(own, one.decode_ns, strict=True)
                     ]
                 )
@@ -202,9 +208,11 @@ class ModelMetrics:
 def column(predictions: Sequence[Prediction], name: str) -> NDArray[Any]:
     """One output of all predictions, batch first; text as objects of bytes, which is how Triton takes it."""
     values = [getattr(prediction, name) for prediction in predictions]
+    if isinstance(values[0], np.ndarray):
+        return np.stack(values)
     if isinstance(values[0], str):
         return np.array([value.encode() for value in values], dtype=np.object_)
-    return np.stack(values) if isinstance(values[0], np.ndarray) else np.array(values, np.int64)
+    return np.array(values, SCALARS[type(values[0])])
 
 
 def check_tensors(backend: Any) -> None:
@@ -223,11 +231,14 @@ def check_tensors(backend: Any) -> None:
         )
 
 
-def _router(parameters: dict[str, Any]) -> str | None:
-    """The request's parameters; priority and timeout are Triton's own and do not come here."""
+def _parameters(parameters: dict[str, Any]) -> tuple[str | None, float | None, float | None]:
+    """The request's router, coverage and max_risk; priority and timeout are Triton's own and do not come here."""
     for name, value in parameters.items():
-        if name != "router":
-            raise InvalidRequest(f"unknown request parameter {name[:100]!r}; known: router, priority, timeout")
-        if not isinstance(value, str):
+        if name not in (known := ("router", *LEVELS)):
+            raise InvalidRequest(
+                f"unknown request parameter {name[:100]!r}; known: priority, timeout, {', '.join(known)}"
+            )
+        if name == "router" and not isinstance(value, str):
             raise InvalidRequest(f"parameter 'router' must be a string, got {type(value).__name__}")
-    return parameters.get("router")
+    coverage, max_risk = (number(name, parameters[name]) if name in parameters else None for name in LEVELS)
+    return parameters.get("router"), coverage, max_risk

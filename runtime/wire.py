@@ -16,10 +16,12 @@ from tritonclient.grpc import model_config_pb2, service_pb2
 from .bundle import Manifest
 from .errors import InvalidRequest
 from .predictor import Prediction
+from .promises import LEVELS, WITHOUT, Terms, number, ranges, terms
+from .router import unknown_router
 from .scheduler import NORMAL, URGENT
 
 IMAGE, ENCODED = "image", "encoded_image"
-PARAMETERS = ("router", "priority", "timeout")
+PARAMETERS = ("router", "priority", "timeout", "coverage", "max_risk")
 _LENGTH = struct.Struct("<I")
 
 
@@ -69,6 +71,8 @@ class Request:
     timeout: float | None
     """Seconds from arrival, beside the call's own deadline."""
     outputs: tuple[str, ...]
+    terms: Terms | None
+    """Of the bundle's guarantees; None where it has none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +93,12 @@ def _head(prediction: Prediction) -> bytes:
     return pack_bytes(prediction.head.encode())
 
 
-_INT64 = struct.Struct("<q")
+def _set(prediction: Prediction) -> bytes:
+    assert prediction.prediction_set is not None, "looked up for every request that has it among its outputs"
+    return prediction.prediction_set.tobytes()
+
+
+_INT64, _FP32, _BOOL = struct.Struct("<q"), struct.Struct("<f"), struct.Struct("?")
 OUTPUTS: dict[str, Output] = {
     "probabilities": Output("FP32", lambda k, c: (c,), lambda p: p.probabilities.tobytes()),
     "class_id": Output("INT64", lambda k, c: (), lambda p: _INT64.pack(p.class_id)),
@@ -101,8 +110,20 @@ OUTPUTS: dict[str, Output] = {
     "divergence": Output("FP32", lambda k, c: (k, k), lambda p: p.divergence.tobytes()),
     "energy": Output("FP32", lambda k, c: (k,), lambda p: p.energy.tobytes()),
 }
-"""Every output by name, in the order of an answer that was not asked for some."""
-_ALL = tuple(OUTPUTS)
+"""The outputs of every model by name, in the order of an answer that was not asked for some."""
+PROMISES: dict[str, Output] = {
+    "prediction_set": Output("BOOL", lambda k, c: (c,), _set),
+    "abstain": Output("BOOL", lambda k, c: (), lambda p: _BOOL.pack(p.abstain)),
+    "shift_score": Output("FP32", lambda k, c: (), lambda p: _FP32.pack(p.shift_score)),
+}
+"""Those that a model has besides where its bundle has guarantees."""
+EVERY = OUTPUTS | PROMISES
+_NAMES = {False: tuple(OUTPUTS), True: tuple(EVERY)}
+
+
+def outputs_of(manifest: Manifest) -> dict[str, Output]:
+    """The outputs that a model has."""
+    return OUTPUTS if manifest.guarantees is None else EVERY
 
 
 def read_request(
@@ -158,10 +179,12 @@ def read_request(
         images = np.frombuffer(raw, np.uint8).reshape(shape)
     if name == ENCODED and len(encoded) != size:
         raise InvalidRequest(f"input {name!r} holds {len(encoded)} elements, its shape says {size}")
-    router, priority, timeout = (
-        _parameters(message.parameters, manifest) if message.parameters else (None, NORMAL, None)
+    router, priority, timeout, coverage, max_risk = (
+        _parameters(message.parameters, manifest) if message.parameters else (None, NORMAL, None, None, None)
     )
-    return Request(size, images, encoded, router, priority, timeout, _outputs(message.outputs, manifest))
+    outputs = _outputs(message.outputs, manifest)
+    asked = terms(manifest, router, coverage, max_risk, outputs)
+    return Request(size, images, encoded, router, priority, timeout, outputs, asked)
 
 
 def write_response(
@@ -188,7 +211,7 @@ def write_response(
     parameters["queue_ns"].int64_param = queue_ns
     parameters["compute_ns"].int64_param = sum([p.timings.compute for p in predictions])
     parameters["route_ns"].int64_param = sum([p.timings.route for p in predictions])
-    packs = [OUTPUTS[name].pack for name in outputs]
+    packs = [EVERY[name].pack for name in outputs]
     if size == 1:
         response.raw_output_contents.extend([pack(predictions[0]) for pack in packs])
     else:
@@ -203,7 +226,7 @@ def _frame(model: str, version: str, heads: int, classes: int, size: int, output
     if bundle:
         frame.parameters["bundle"].string_param = bundle
     for name in outputs:
-        output = OUTPUTS[name]
+        output = EVERY[name]
         frame.outputs.add(name=name, datatype=output.datatype, shape=(size, *output.dims(heads, classes)))
     return frame
 
@@ -239,7 +262,7 @@ def metadata(manifest: Manifest, versions: Sequence[str]) -> Any:
     response = service_pb2.ModelMetadataResponse(name=manifest.name, versions=versions, platform="onnxruntime_onnx")
     response.inputs.add(name=IMAGE, datatype="UINT8", shape=[-1, height, width, 3])
     response.inputs.add(name=ENCODED, datatype="BYTES", shape=[-1])
-    for name, output in OUTPUTS.items():
+    for name, output in outputs_of(manifest).items():
         response.outputs.add(
             name=name, datatype=output.datatype, shape=[-1, *output.dims(len(manifest.heads), len(manifest.classes))]
         )
@@ -250,19 +273,24 @@ def config_parameters(manifest: Manifest) -> dict[str, str]:
     """What a model's configuration says beside Triton's own fields.
 
     `heads` in the order of the outputs' axis K and `routers`, what a request may route by, with commas between;
-    `classes` as a JSON list in the order of axis C.
+    `classes` as a JSON list in the order of axis C. `guarantees`, where there are some, as promises.ranges has them,
+    in JSON.
     """
-    return {
+    parameters = {
         "heads": ",".join(manifest.heads),
         "routers": ",".join(manifest.routers()),
         "classes": json.dumps(manifest.classes),
     }
+    if manifest.guarantees is not None:
+        parameters["guarantees"] = json.dumps(ranges(manifest.guarantees))
+    return parameters
 
 
 def config(manifest: Manifest, max_batch: int, instances: int, device: str) -> Any:
     """ModelConfigResponse: shapes without their batch axis, as Triton writes them; one of the two inputs is given."""
     pb = model_config_pb2
-    types = {"UINT8": pb.TYPE_UINT8, "BYTES": pb.TYPE_STRING, "FP32": pb.TYPE_FP32, "INT64": pb.TYPE_INT64}
+    types = {"UINT8": pb.TYPE_UINT8, "BYTES": pb.TYPE_STRING, "BOOL": pb.TYPE_BOOL}
+    types |= {"FP32": pb.TYPE_FP32, "INT64": pb.TYPE_INT64}
     height, width = manifest.preprocessing.height, manifest.preprocessing.width
     model = pb.ModelConfig(
         name=manifest.name,
@@ -281,7 +309,7 @@ def config(manifest: Manifest, max_batch: int, instances: int, device: str) -> A
     )
     model.input.add(name=IMAGE, data_type=types["UINT8"], dims=[height, width, 3], optional=True)
     model.input.add(name=ENCODED, data_type=types["BYTES"], optional=True)
-    for name, output in OUTPUTS.items():
+    for name, output in outputs_of(manifest).items():
         model.output.add(
             name=name, data_type=types[output.datatype], dims=output.dims(len(manifest.heads), len(manifest.classes))
         )
@@ -348,8 +376,11 @@ def _raw(raw: Sequence[bytes | memoryview], tensor: Any, name: str) -> bytes | m
     return values.astype(np.uint8).tobytes()
 
 
-def _parameters(parameters: Any, manifest: Manifest) -> tuple[str | None, int, float | None]:
+def _parameters(
+    parameters: Any, manifest: Manifest
+) -> tuple[str | None, int, float | None, float | None, float | None]:
     router: str | None = None
+    levels: dict[str, float] = {}
     priority = NORMAL
     timeout: float | None = None
     for name in parameters:
@@ -362,33 +393,34 @@ def _parameters(parameters: Any, manifest: Manifest) -> tuple[str | None, int, f
                 raise InvalidRequest(f"parameter 'router' must be a string, got {kind}")
             router = value.string_param
             if router not in (available := manifest.routers()):
-                raise InvalidRequest(f"unknown router {router[:100]!r}; this model has: {', '.join(available)}")
+                raise unknown_router(router, available)
+            continue
+        if name in LEVELS:
+            levels[name] = number(name, getattr(value, kind) if kind else None)
             continue
         if kind not in ("int64_param", "uint64_param"):
             raise InvalidRequest(f"parameter {name!r} must be an integer, got {kind}")
-        number = getattr(value, kind)
+        whole = getattr(value, kind)
         if name == "priority":
-            if number not in (0, 1, 2):
-                raise InvalidRequest(
-                    f"parameter 'priority' must be 1 (urgent), 2 (normal) or 0 (default), got {number}"
-                )
-            priority = URGENT if number == 1 else NORMAL
+            if whole not in (0, 1, 2):
+                raise InvalidRequest(f"parameter 'priority' must be 1 (urgent), 2 (normal) or 0 (default), got {whole}")
+            priority = URGENT if whole == 1 else NORMAL
         else:
-            if number < 0:
-                raise InvalidRequest(f"parameter 'timeout' must be microseconds >= 0, got {number}")
-            timeout = number / 1e6 if number else None
-    return router, priority, timeout
+            if whole < 0:
+                raise InvalidRequest(f"parameter 'timeout' must be microseconds >= 0, got {whole}")
+            timeout = whole / 1e6 if whole else None
+    return router, priority, timeout, levels.get("coverage"), levels.get("max_risk")
 
 
 def _outputs(requested: Any, manifest: Manifest) -> tuple[str, ...]:
     if not requested:
-        return _ALL
+        return _NAMES[manifest.guarantees is not None]
+    available = outputs_of(manifest)
     names = tuple(dict.fromkeys(output.name for output in requested))
     for name in names:
-        if name not in OUTPUTS:
-            raise InvalidRequest(
-                f"unexpected inference output {name[:100]!r} for model {manifest.name!r}; it has: {', '.join(OUTPUTS)}"
-            )
+        if name not in available:
+            reason = WITHOUT if name in PROMISES else f"it has: {', '.join(available)}"
+            raise InvalidRequest(f"unexpected inference output {name[:100]!r} for model {manifest.name!r}; {reason}")
     for output in requested:
         if output.parameters:
             raise InvalidRequest(f"output {output.name!r} has parameters, classification perhaps; none is known")

@@ -87,6 +87,60 @@ def tiny_manifest(heads: tuple[str, ...] = HEADS, classes: int = CLASSES, **chan
     return Manifest.model_validate(document | changes)
 
 
+def tiny_guarantees(
+    routers: tuple[str, ...] = (*HEADS, "mean", "min_entropy", "paper", "blend"), classes: int = CLASSES, **changes: Any
+) -> dict[str, Any]:
+    """Guarantees of a tiny bundle, made up, so that every router has thresholds of its own; `changes` replace keys."""
+    confidences = ("max_probability", "predictive_entropy", "mutual_information")
+    at_least = {"max_probability": 0.0, "predictive_entropy": -1.75, "mutual_information": -1.7}
+    rows = {}
+    for place, router in enumerate(routers):
+        shift, confidence = 0.01 * place, confidences[place % 3]
+        least: list[float | None] = [at_least[confidence] + 0.1 * step + shift for step in (4, 3, 2)]
+        rows[router] = {
+            "lac": [0.6 + shift, 0.8 + shift, 0.87 + shift, 0.9 + shift],
+            "raps": [0.5 + shift, 0.7 + shift, 0.9 + shift, 1.1 + shift],
+            "confidence": confidence,
+            # a gap, as where a level failed that a lower one passed
+            "least": [None, least[0], None, *least[1:]],
+        }
+    clean = routers[0]
+    document: dict[str, Any] = {
+        "mixture": {"clean": 0.5, "corrupted": 0.5},
+        "pictures": 1000,
+        "tuning_pictures": 333,
+        "data": "drawn",
+        "seed": SEED,
+        "date": "2026-01-01",
+        "coverages": [0.8, 0.9, 0.95, 0.99],
+        "coverage": 0.9,
+        "score": "lac",
+        "raps_penalty": 0.05,
+        "raps_free_ranks": 2,
+        "delta": 0.05,
+        "risks": [0.01, 0.05, 0.1, 0.2, 0.3],
+        "max_risk": 0.2,
+        "routers": rows,
+        "shift": {
+            "weights": {"divergence": 1.5, "mutual_information": 1.0, "energy": 0.5},
+            "center": {"divergence": -1.0, "mutual_information": -1.0, "energy": -10.5},
+            "scale": {"divergence": 0.5, "mutual_information": 0.5, "energy": 1.5},
+            "intercept": -0.2,
+        },
+        "drift": {
+            "pictures": 1000,
+            "edges": {"predictive_entropy": [1.2, 1.6], "energy": [-11.0, -10.0]},
+            "counts": {
+                "predictive_entropy": [300, 400, 300],
+                "energy": [300, 400, 300],
+                "class_id": [1000 - 2 * (classes - 1), *[2] * (classes - 1)],
+            },
+            "head": clean,
+        },
+    }
+    return document | changes
+
+
 def build_bundle_at(root: Path, heads: tuple[str, ...] = HEADS, classes: int = CLASSES, **changes: Any) -> Path:
     root.mkdir(parents=True)
     (root / "model.onnx").write_bytes(tiny_model(len(heads), classes).SerializeToString(deterministic=True))
@@ -123,6 +177,12 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def single_head_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As tiny_bundle, with one head named original; not to be written to."""
     return build_bundle_at(tmp_path_factory.mktemp("bundles") / "single", heads=("original",))
+
+
+@pytest.fixture(scope="session")
+def guaranteed_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As tiny_bundle, with guarantees; not to be written to."""
+    return build_bundle_at(tmp_path_factory.mktemp("bundles") / "guaranteed", guarantees=tiny_guarantees())
 
 
 @pytest.fixture(scope="session")
