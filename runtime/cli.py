@@ -20,6 +20,7 @@ COMMANDS = {
     "serve": ("cpu", "serve bundles over gRPC"),
     "top": ("cpu", "watch a running server"),
     "predict": ("cpu", "classify picture files with a bundle, or by a server"),
+    "score": ("cpu,score", "answer many pictures offline, into Parquet files"),
 }
 """Subcommand -> (extra that brings its packages, one line of help)."""
 

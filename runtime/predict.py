@@ -88,7 +88,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("images", metavar="IMAGE", nargs="+", help="JPEG, PNG or WebP files, or directories of them")
     parser.add_argument("--router", metavar="NAME", help="a head's name or a rule; the model's own choice by default")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
-    parser.add_argument("--top", metavar="N", type=_positive, default=1, help="classes to show a picture (default 1)")
+    parser.add_argument("--top", metavar="N", type=positive, default=1, help="classes to show a picture (default 1)")
     local = parser.add_argument_group("with a bundle")
     local.add_argument("--kernels", choices=["auto", "on", "off"], help="use of the fused kernel (default auto)")
     local.add_argument("--device", choices=["cpu", "cuda"], help="default cpu")
@@ -181,6 +181,12 @@ def _served(client: Client, router: str | None, path: str) -> Prediction | Inval
         return InvalidPicture(f"{path}: {error}")
 
 
+def answering(head: str, heads: Sequence[str]) -> list[int]:
+    """Places among the heads of those that answered, by a prediction's `head`: all of them under a name of their own,
+    say "mean"."""
+    return [k for k, each in enumerate(heads) if each in head.split("+")] or list(range(len(heads)))
+
+
 def record(path: str, prediction: Prediction, names: Names, top: int) -> dict[str, Any]:
     """What --json prints of a picture. Entropies and divergences in nats, times in nanoseconds."""
 
@@ -232,8 +238,7 @@ def print_table(rows: Sequence[tuple[str, Prediction]], names: Names, top: int) 
     shared = _shared_folder([path for path, _ in rows])
     for path, prediction in rows:
         best = prediction.probabilities.argsort(kind="stable")[::-1][:top]
-        own = [k for k, head in enumerate(names.heads) if head in prediction.head.split("+")]
-        own = own or list(range(len(names.heads)))
+        own = answering(prediction.head, names.heads)
         cells = [
             printable(os.path.relpath(path, shared) if shared else path),
             "\n".join(names.classes[i] for i in best),
@@ -262,7 +267,8 @@ def _shared_folder(paths: Sequence[str]) -> str:
     return shared if len(paths) > 1 and shared != os.sep else ""
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """Of argparse: a whole number above 0."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
     return int(text)

@@ -7,10 +7,8 @@ Nothing in a shard or table is unpickled or executed; pictures are decoded like 
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import re
-import tarfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,12 +19,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trivium.runtime.errors import ConfigError, MissingExtra
-from trivium.runtime.preprocess import DEFAULT_LIMITS, SUFFIXES
+from trivium.runtime.preprocess import DEFAULT_LIMITS
+from trivium.runtime.shards import PICTURES, expanded, grouped, open_shard
 
 from . import fashion_mnist
 from .sources import DIRECTORIES, Entry, Part, Skipped, Source, Split, cached, store
 
-PICTURES = tuple(suffix.removeprefix(".") for suffix in SUFFIXES)
 LABEL_BYTES = 1024
 """Of a sample's .cls, at most."""
 SPLIT_OF = {name: split for split, names in DIRECTORIES.items() for name in names}
@@ -85,7 +83,7 @@ def webdataset_source(root: Path) -> Source:
     Raises: ConfigError naming the shard.
     """
     shards: dict[Split, list[Path]] = {}
-    for path in _expanded(root):
+    for path in expanded(root):
         shards.setdefault(_split_of(path), []).append(path)
     if "train" not in shards:
         raise ConfigError(f"{root}: shards of {', '.join(shards)} but none to train on")
@@ -151,25 +149,6 @@ def huggingface_source(root: Path) -> Source:
     return Source(f"the Hugging Face dataset {root.name}", classes, parts)
 
 
-def _expanded(root: Path) -> list[Path]:
-    try:
-        from braceexpand import braceexpand
-    except ModuleNotFoundError:
-        raise MissingExtra("data.kind: webdataset needs braceexpand; run: pip install 'trivium[shards]'") from None
-    if root.is_dir():
-        found = sorted(path for path in root.rglob("*.tar") if path.is_file())
-        if not found:
-            raise ConfigError(f"{root}: no .tar file in it")
-        return found
-    found = []
-    for pattern in braceexpand(str(root)):
-        matches = sorted(glob.glob(pattern, recursive=True)) if glob.has_magic(pattern) else [pattern]
-        if not matches:
-            raise ConfigError(f"{pattern}: no such shard")
-        found += [Path(match) for match in matches]
-    return found
-
-
 def _split_of(shard: Path) -> Split:
     """By the first word of the file's name, else by its directory's name."""
     word = re.match("[a-z]*", shard.name.lower())
@@ -203,8 +182,8 @@ def _samples(shard: Path, changed: int) -> tuple[list[Sample], list[Skipped]]:
     found: list[Sample] = []
     skipped: list[Skipped] = []
     try:
-        with tarfile.open(shard, "r:") as tar:
-            for key, fields in _grouped(tar):
+        with open_shard(shard) as tar:
+            for key, fields in grouped(tar):
                 place = f"{shard}/{key}"
                 pictures = [fields[field] for field in PICTURES if field in fields]
                 if len(pictures) != 1 or "cls" not in fields:
@@ -219,29 +198,9 @@ def _samples(shard: Path, changed: int) -> tuple[list[Sample], list[Skipped]]:
                 name = f"{shard.name}/{picture.name}"
                 entry = TarEntry(name, picture.size, changed, shard, picture.offset_data)
                 found.append(Sample(entry, label))
-    except tarfile.TarError as error:
-        raise ConfigError(f"{shard}: no uncompressed tar file, or a damaged one ({_line(error)})") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{shard}: a .cls in it is no text") from None
-    except OSError as error:
-        raise ConfigError(f"{shard}: {error.strerror or error}") from None
     return found, skipped
-
-
-def _grouped(tar: tarfile.TarFile) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
-    """Neighbours of one name up to its first dot, which make a sample, by what follows the dot."""
-    key, fields = "", dict[str, tarfile.TarInfo]()
-    for member in tar:
-        name = re.fullmatch(r"((?:.*/)?[^./][^./]*)\.([^/]*)", member.name)
-        if not member.isreg() or member.issparse() or not name:
-            continue
-        if name[1] != key and fields:
-            yield key, fields
-            fields = {}
-        key = name[1]
-        fields[name[2].lower()] = member
-    if fields:
-        yield key, fields
 
 
 def _columns(features: Any, where: str) -> tuple[str, str]:
