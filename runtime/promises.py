@@ -7,7 +7,7 @@ functions that calibration ranks pictures by are those that a server decides wit
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from functools import lru_cache
 from math import inf
 from typing import Any, NamedTuple
@@ -59,8 +59,7 @@ def terms(
     found = manifest.guarantees
     if found is None:
         if coverage is not None or max_risk is not None:
-            name = "max_risk" if coverage is None else "coverage"
-            raise InvalidRequest(f"parameter {name!r} cannot be used for model {manifest.name!r}; {WITHOUT}")
+            raise no_guarantees(manifest.name, "max_risk" if coverage is None else "coverage")
         return None
     name = manifest.router.default if router is None else router
     own = found.routers.get(name)
@@ -91,14 +90,21 @@ def number(name: str, value: object) -> float:
     raise InvalidRequest(f"parameter {name!r} must be a number, got {value!r:.100}")
 
 
-def ranges(found: Guarantees) -> dict[str, Any]:
-    """What a request may ask for, and of which pictures it holds: the default `coverage` and `max_risk` (or None), the
-    least and greatest of `coverages`, those of `risks` for each router that has some, and the `mixture`."""
+def ranges(manifest: Manifest) -> dict[str, Any] | None:
+    """What a request may ask for, and of which pictures it holds; None without guarantees.
+
+    The `router`, `coverage` and `max_risk` (or None) where a request names none, the least and greatest of `coverages`,
+    those of `risks` for each router that has some, and the `mixture`.
+    """
+    found = manifest.guarantees
+    if found is None:
+        return None
     certified = {
         router: [risk for risk, least in zip(found.risks, own.least, strict=True) if least is not None]
         for router, own in found.routers.items()
     }
     return {
+        "router": manifest.router.default,
         "coverage": found.coverage,
         "coverages": [found.coverages[0], found.coverages[-1]],
         "max_risk": found.max_risk,
@@ -107,14 +113,50 @@ def ranges(found: Guarantees) -> dict[str, Any]:
     }
 
 
+def check(
+    offered: Mapping[str, Any] | None, model: str, router: str | None, coverage: float | None, max_risk: float | None
+) -> None:
+    """Refuse what a model would refuse, by what it says of itself: its `ranges`.
+
+    Raises: InvalidRequest.
+    """
+    for name, level in zip(LEVELS, (coverage, max_risk), strict=True):
+        if level is None:
+            continue
+        if offered is None:
+            raise no_guarantees(model, name)
+        if name == "coverage":
+            _within(name, level, *offered["coverages"])
+            continue
+        own = offered["router"] if router is None else router
+        if own not in offered["risks"]:
+            raise no_risk(own)
+        lowest, highest = offered["risks"][own]
+        _within(name, level, lowest, highest, f" for router {own!r}")
+
+
+def no_guarantees(model: str, parameter: str) -> InvalidRequest:
+    """What a request for a level is answered by a model without guarantees."""
+    return InvalidRequest(f"parameter {parameter!r} cannot be used for model {model!r}; {WITHOUT}")
+
+
+def no_risk(router: str) -> InvalidRequest:
+    """What a request for a risk is answered where none was certified."""
+    return InvalidRequest(f"no 'max_risk' can be kept: none was certified for router {router!r}")
+
+
+def _within(name: str, value: float, lowest: float, highest: float, where: str = "") -> None:
+    if not lowest <= value <= highest:  # nor what is not a number
+        raise InvalidRequest(f"parameter {name!r} must be from {lowest:g} to {highest:g}{where}, got {value:g}")
+
+
 def coverage_level(found: Guarantees, coverage: float) -> int:
     """Place of the lowest coverage of the grid that is at least the one asked for.
 
     Raises: InvalidRequest.
     """
     levels = found.coverages
-    if not levels[0] <= coverage <= levels[-1]:  # nor what is not a number
-        raise InvalidRequest(f"parameter 'coverage' must be from {levels[0]:g} to {levels[-1]:g}, got {coverage:g}")
+    _within("coverage", coverage, levels[0], levels[-1])
     return bisect_left(levels, coverage)
 
 
@@ -125,12 +167,8 @@ def risk_level(found: Guarantees, router: str, max_risk: float) -> int:
     """
     certified = [place for place, least in enumerate(found.routers[router].least) if least is not None]
     if not certified:
-        raise InvalidRequest(f"no 'max_risk' can be kept: none was certified for router {router!r}")
-    lowest, highest = found.risks[certified[0]], found.risks[-1]
-    if not lowest <= max_risk <= highest:
-        raise InvalidRequest(
-            f"parameter 'max_risk' must be from {lowest:g} to {highest:g} for router {router!r}, got {max_risk:g}"
-        )
+        raise no_risk(router)
+    _within("max_risk", max_risk, found.risks[certified[0]], found.risks[-1], f" for router {router!r}")
     return certified[bisect_right(certified, bisect_right(found.risks, max_risk) - 1) - 1]
 
 

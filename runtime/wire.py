@@ -281,8 +281,8 @@ def config_parameters(manifest: Manifest) -> dict[str, str]:
         "routers": ",".join(manifest.routers()),
         "classes": json.dumps(manifest.classes),
     }
-    if manifest.guarantees is not None:
-        parameters["guarantees"] = json.dumps(ranges(manifest.guarantees))
+    if (offered := ranges(manifest)) is not None:
+        parameters["guarantees"] = json.dumps(offered)
     return parameters
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from trivium.runtime.predictor import Predictor
 from trivium.runtime.promises import (
     PROMISED,
     abstentions,
+    check,
     confidence,
     conformity_scores,
     coverage_level,
@@ -232,19 +234,33 @@ def test_defaults() -> None:
     assert asked is not None
     assert asked.least == math.inf
     assert abstentions(route(stats, strict, "clean"), stats, strict, asked).all()
-    assert ranges(m.guarantees)["risks"]["clean"] == [0.05, 0.3]
+    offered = ranges(m)
+    assert offered is not None
+    assert offered["risks"]["clean"] == [0.05, 0.3]
+    assert ranges(tiny_manifest()) is None
     free = manifest(max_risk=None)
     asked = terms(free, "clean")
     assert asked is not None
     assert not abstentions(route(stats, free, "clean"), stats, free, asked).any()
 
 
-def test_a_router_without_any_certified_risk() -> None:
+def refusal(ask: Callable[..., Any], *arguments: Any) -> str:
+    try:
+        ask(*arguments)
+    except InvalidRequest as error:
+        return str(error)
+    return ""
+
+
+def test_a_client_knows_what_a_model_would_refuse() -> None:
     document = tiny_guarantees()
     document["routers"]["mean"]["least"] = [None] * 5
     m = tiny_manifest(guarantees=document)
-    assert m.guarantees is not None
-    assert "mean" not in ranges(m.guarantees)["risks"]
+    for router in (None, "mean", "clean"):
+        for coverage in (None, 0.9, 1.0, math.nan):
+            for max_risk in (None, 0.05, 0.2, 0.31, math.nan):
+                levels = (router, coverage, max_risk)
+                assert refusal(terms, m, *levels) == refusal(check, ranges(m), m.name, *levels)
     with pytest.raises(InvalidRequest, match="no 'max_risk' can be kept: none was certified for router 'mean'"):
         terms(m, "mean", max_risk=0.3)
 
@@ -255,6 +271,8 @@ def test_without_guarantees_nothing_can_be_asked() -> None:
         levels: dict[str, Any] = {name: 0.9}
         with pytest.raises(InvalidRequest, match=f"parameter '{name}' cannot be used .*run: trivium calibrate BUNDLE"):
             terms(tiny_manifest(), **levels)
+        with pytest.raises(InvalidRequest, match=r"run: trivium calibrate BUNDLE"):
+            check(None, "tiny", None, levels.get("coverage"), levels.get("max_risk"))
     with pytest.raises(InvalidRequest, match="unknown router 'x'; this model has: clean"):
         terms(manifest(), "x")
 
