@@ -301,7 +301,9 @@ def drift_families(watched: Iterable[tuple[tuple[str, str], Drift]]) -> Iterator
     )
     size = GaugeMetricFamily("trivium_drift_window_pictures", "Pictures in the window.", labels=MODEL)
     evidence = GaugeMetricFamily(
-        "trivium_drift_evidence", "log10 of the evidence that pictures are unlike the calibration's.", labels=MODEL
+        "trivium_drift_evidence",
+        "log10 of the evidence that pictures are unlike the calibration pictures; 0 or more.",
+        labels=MODEL,
     )
     limit = GaugeMetricFamily("trivium_drift_evidence_limit", "log10 of the evidence of an alarm.", labels=MODEL)
     alarm = GaugeMetricFamily(
@@ -312,7 +314,7 @@ def drift_families(watched: Iterable[tuple[tuple[str, str], Drift]]) -> Iterator
         for name, value in drift.stability().items():
             index.add_metric((*labels, name), value)
         size.add_metric(labels, drift.pictures)
-        evidence.add_metric(labels, drift.evidence / log(10))
+        evidence.add_metric(labels, max(0.0, drift.evidence / log(10)))
         limit.add_metric(labels, drift.limit / log(10))
         alarm.add_metric(labels, drift.alarm)
         alarms.add_metric(labels, drift.alarms)

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from trivium.runtime.client import Client
+from trivium.runtime.drift import BLOCK
 
 GRAFANA = Path(__file__).parents[2] / "docker" / "grafana"
 DASHBOARD = json.loads((GRAFANA / "dashboards" / "trivium.json").read_text(encoding="utf-8"))
@@ -31,12 +32,16 @@ def names(expression: str) -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def exported(tiny_bundle: Path, server_process: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
+def exported(
+    guaranteed_bundle: Path, server_process: Any, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, set[str]]:
     """Sample names of a server that has answered, each with its labels' names."""
-    server = server_process(tmp_path_factory.mktemp("dashboard"), tiny_bundle)
+    server = server_process(tmp_path_factory.mktemp("dashboard"), guaranteed_bundle, "--drift-window", BLOCK)
     try:
         with Client(server.url) as client:
-            client.predict([np.zeros((32, 32, 3), np.uint8)])
+            for _ in range(BLOCK // 50):
+                client.predict([np.zeros((32, 32, 3), np.uint8)] * 50)
+        server.wait_until(lambda: server.metric("trivium_drift_window_pictures") == BLOCK)
         found: dict[str, set[str]] = {}
         for name, labels in server.metrics():
             found.setdefault(name, set()).update(label for label, _ in labels)

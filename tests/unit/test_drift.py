@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from prometheus_client.parser import text_string_to_metric_families
+from tests.conftest import tiny_guarantees, tiny_manifest
 
 from trivium.kernels import HeadStatistics
 from trivium.runtime import drift as module
@@ -24,6 +25,7 @@ from trivium.runtime.drift import (
     Martingales,
     drift_values,
     merged,
+    watch,
 )
 from trivium.runtime.guarantees import DriftReference, DriftStatistic
 from trivium.runtime.metrics import Metrics
@@ -246,7 +248,7 @@ def test_drift_is_exposed_and_begins_anew_with_a_reload(predictor: Predictor, ma
     assert drift is not None
     before = samples()
     assert before["trivium_drift_alarm"] == before["trivium_drift_alarms_total"] == 0
-    assert before["trivium_drift_evidence"] == -np.inf
+    assert before["trivium_drift_evidence"] == 0
     assert before["trivium_drift_evidence_limit"] == pytest.approx(np.log10(10**7 / BLOCK))
     assert "trivium_drift_psienergy" not in before
     while not drift.alarm:
@@ -259,6 +261,12 @@ def test_drift_is_exposed_and_begins_anew_with_a_reload(predictor: Predictor, ma
     renewed = samples()
     assert renewed["trivium_drift_alarm"] == renewed["trivium_drift_window_pictures"] == 0
     assert renewed["trivium_drift_alarms_total"] == 1
+
+
+def test_what_cannot_or_shall_not_be_watched_is_not() -> None:
+    assert watch(tiny_manifest(guarantees=tiny_guarantees()), 0, 10**7) is None
+    assert watch(tiny_manifest(), 1000, 10**7) is None
+    assert watch(tiny_manifest(guarantees=tiny_guarantees()), 1000, 10**7) is not None
 
 
 @pytest.mark.parametrize(
