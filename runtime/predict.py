@@ -14,12 +14,15 @@ from pathlib import Path
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
+import numpy as np
+
 from .bundle import printable
 from .cpus import usable_cpus
 from .errors import ConfigError, InvalidPicture, InvalidRequest
 from .predictor import Prediction, Predictor
 from .preprocess import SUFFIXES, read_picture
-from .router import routers
+from .promises import check, ranges, terms
+from .router import routers, unknown_router
 
 if TYPE_CHECKING:
     from .client import Client
@@ -30,12 +33,17 @@ REMOTE = ("model", "timeout", "token_file", "tls", "tls_ca", "tls_cert", "tls_ke
 """Options that belong to a bundle alone, or to a server alone."""
 IN_FLIGHT = 8
 """Pictures that a server is asked about at a time."""
+SET = 5
+"""Classes of a prediction set that a table shows."""
 WIDTH = 1000
 """Columns of a table that goes into a file or a pipe, where nothing needs to be folded."""
 
 
 class Names(Protocol):
     """What the axes of a prediction mean: a bundle's manifest, or what a server says of a model."""
+
+    @property
+    def name(self) -> str: ...
 
     @property
     def heads(self) -> Sequence[str]: ...
@@ -55,14 +63,17 @@ def main() -> None:
                 arguments.bundle, kernels=arguments.kernels or "auto", device=arguments.device or "cpu"
             )
             names, available, workers = predictor.manifest, routers(predictor.manifest), usable_cpus()
-            one = partial(_local, predictor, arguments.router)
+            offered = ranges(predictor.manifest)
+            one = partial(_local, predictor, arguments)
         else:
             client = stack.enter_context(_client(arguments))
             names = metadata = client.metadata()
             available, workers = list(metadata.routers), IN_FLIGHT
-            one = partial(_served, client, arguments.router)
+            offered = metadata.guarantees
+            one = partial(_served, client, arguments)
         if arguments.router is not None and arguments.router not in available:
-            raise InvalidRequest(f"unknown router {arguments.router!r}; this model has: {', '.join(available)}")
+            raise unknown_router(arguments.router, available)
+        check(offered, names.name, arguments.router, arguments.coverage, arguments.max_risk)
         failed = 0
         rows: list[tuple[str, Prediction]] = []
         for path, answer in predict(one, list(pictures(arguments.images)), workers):
@@ -87,6 +98,8 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("images", metavar="IMAGE", nargs="+", help="JPEG, PNG or WebP files, or directories of them")
     parser.add_argument("--router", metavar="NAME", help="a head's name or a rule; the model's own choice by default")
+    parser.add_argument("--coverage", metavar="SHARE", type=float, help="of the prediction sets, say 0.95")
+    parser.add_argument("--max-risk", metavar="SHARE", type=float, help="of error where no abstention is, say 0.05")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     parser.add_argument("--top", metavar="N", type=positive, default=1, help="classes to show a picture (default 1)")
     local = parser.add_argument_group("with a bundle")
@@ -163,18 +176,20 @@ def predict(one: Answer, paths: Sequence[str], workers: int) -> Iterator[tuple[s
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _local(predictor: Predictor, router: str | None, path: str) -> Prediction | InvalidPicture:
+def _local(predictor: Predictor, arguments: argparse.Namespace, path: str) -> Prediction | InvalidPicture:
     start = perf_counter_ns()
     try:
         image = read_picture(path, predictor.manifest.preprocessing, predictor.limits)
     except InvalidPicture as error:
         return error
-    return predictor.infer(image, router, decode_ns=perf_counter_ns() - start)
+    asked = terms(predictor.manifest, arguments.router, arguments.coverage, arguments.max_risk)
+    return predictor.infer(image, arguments.router, asked, decode_ns=perf_counter_ns() - start)
 
 
-def _served(client: Client, router: str | None, path: str) -> Prediction | InvalidPicture:
+def _served(client: Client, arguments: argparse.Namespace, path: str) -> Prediction | InvalidPicture:
+    asked = {name: getattr(arguments, name) for name in ("router", "coverage", "max_risk")}
     try:
-        return client.predict(path, router=router)[0]
+        return client.predict(path, **asked)[0]
     except InvalidPicture as error:
         return error
     except InvalidRequest as error:  # all else in the request is known to be right
@@ -195,6 +210,13 @@ def record(path: str, prediction: Prediction, names: Names, top: int) -> dict[st
 
     best = prediction.probabilities.argsort(kind="stable")[::-1][:top]
     timings = prediction.timings
+    promised: dict[str, Any] = {}
+    if prediction.prediction_set is not None:
+        promised = {
+            "prediction_set": [names.classes[i] for i in _set(prediction)],
+            "abstain": prediction.abstain,
+            "shift_score": prediction.shift_score,
+        }
     return {
         "path": path,
         "class_id": prediction.class_id,
@@ -209,11 +231,20 @@ def record(path: str, prediction: Prediction, names: Names, top: int) -> dict[st
         "mutual_information": by_head(prediction.mutual_information.tolist()),
         "divergence": by_head(by_head(row) for row in prediction.divergence.tolist()),
         "energy": by_head(prediction.energy.tolist()),
+        **promised,
         "decode_ns": timings.decode,
         "queue_ns": timings.queue,
         "compute_ns": timings.compute,
         "route_ns": timings.route,
     }
+
+
+def _set(prediction: Prediction) -> list[int]:
+    """The classes of a prediction's set, the most probable first."""
+    assert prediction.prediction_set is not None, "asked where the bundle has guarantees"
+    inside = np.flatnonzero(prediction.prediction_set)
+    ranked: list[int] = inside[(-prediction.probabilities[inside]).argsort(kind="stable")].tolist()
+    return ranked
 
 
 def json_line(row: dict[str, Any]) -> str:
@@ -235,6 +266,9 @@ def print_table(rows: Sequence[tuple[str, Prediction]], names: Names, top: int) 
     table = Table("picture", "label", "p", "head", "entropy", "MI", box=None, pad_edge=False)
     if disagreement := {"clean", "robust"} <= set(names.heads):
         table.add_column("KL clean-robust")
+    if guaranteed := rows[0][1].prediction_set is not None:
+        for column in ("set", "", "shift"):
+            table.add_column(column)
     shared = _shared_folder([path for path, _ in rows])
     for path, prediction in rows:
         best = prediction.probabilities.argsort(kind="stable")[::-1][:top]
@@ -250,6 +284,11 @@ def print_table(rows: Sequence[tuple[str, Prediction]], names: Names, top: int) 
         if disagreement:
             clean, robust = names.heads.index("clean"), names.heads.index("robust")
             cells.append(f"{prediction.divergence[clean, robust]:.3f}")
+        if guaranteed:
+            labels = [names.classes[i] for i in _set(prediction)]
+            more = [f"and {len(labels) - SET} more"] if len(labels) > SET else []
+            cells += [", ".join(labels[:SET] + more), "abstains" if prediction.abstain else ""]
+            cells.append(f"{prediction.shift_score:.3f}")
         table.add_row(*(Text(cell, overflow="fold") for cell in cells))
     console = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
     if shared:

@@ -14,6 +14,7 @@ from PIL import Image
 
 from trivium.runtime.bundle import Manifest
 from trivium.runtime.predictor import Predictor
+from trivium.runtime.promises import terms
 
 pytest.importorskip("onnxruntime", reason="needs onnxruntime: pip install 'trivium[cpu]'")
 
@@ -59,6 +60,45 @@ def test_json_holds_the_predictors_answers(tiny_bundle: Path, folder: Path, some
         assert list(row["mutual_information"].values()) == answer.mutual_information.tolist()
         assert row["divergence"]["robust"]["clean"] == answer.divergence[1, 0]
         assert row["decode_ns"] > 0
+
+
+def test_what_a_bundle_promises_is_shown(
+    guaranteed_bundle: Path, folder: Path, some_pictures: NDArray[np.uint8]
+) -> None:
+    asked = ("--router", "robust", "--coverage", "0.93", "--max-risk", "0.25")
+    done = trivium("predict", guaranteed_bundle, folder, "--json", *asked)
+    assert (done.returncode, done.stderr) == (0, "")
+    predictor = Predictor.load(guaranteed_bundle)
+    levels = terms(predictor.manifest, "robust", 0.95, 0.2)
+    sizes = set()
+    for line, image in zip(done.stdout.splitlines(), some_pictures, strict=False):
+        row, answer = json.loads(line), predictor.infer(image, "robust", levels)
+        assert answer.prediction_set is not None
+        ranked = [i for i in (-answer.probabilities).argsort(kind="stable").tolist() if answer.prediction_set[i]]
+        assert row["prediction_set"] == [f"class {i}" for i in ranked]
+        assert (row["abstain"], row["shift_score"]) == (answer.abstain, answer.shift_score)
+        sizes.add(len(ranked))
+    assert len(sizes) > 1
+    lines = trivium("predict", guaranteed_bundle, folder, *asked).stdout.splitlines()
+    assert lines[1].split()[-2:] == ["set", "shift"]
+    assert [line.split()[-1] for line in lines[2:5]] == [
+        f"{predictor.infer(image, 'robust').shift_score:.3f}" for image in some_pictures[:3]
+    ]
+    assert any("abstains" in line for line in lines)
+
+
+def test_levels_out_of_range_or_without_guarantees_are_refused(
+    guaranteed_bundle: Path, tiny_bundle: Path, folder: Path
+) -> None:
+    done = trivium("predict", guaranteed_bundle, folder / "a.png", "--max-risk", "0.01")
+    words = "parameter 'max_risk' must be from 0.05 to 0.3 for router 'blend', got 0.01"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"trivium predict: {words}\n")
+    done = trivium("predict", tiny_bundle, folder / "a.png", "--coverage", "0.9")
+    assert done.returncode == 2
+    assert done.stderr == (
+        "trivium predict: parameter 'coverage' cannot be used for model 'tiny'; "
+        "its bundle has no guarantees; run: trivium calibrate BUNDLE\n"
+    )
 
 
 def test_json_is_json_whatever_the_paths_and_the_output_hold(

@@ -19,8 +19,9 @@ from tritonclient.grpc import model_config_pb2 as pb
 from trivium.export.triton import write_repository
 from trivium.runtime.errors import EngineError
 from trivium.runtime.predictor import Predictor
+from trivium.runtime.promises import terms
 from trivium.runtime.triton import Model, check_tensors
-from trivium.runtime.wire import OUTPUTS
+from trivium.runtime.wire import EVERY, PROMISES, metadata, outputs_of
 
 
 class Tensor:
@@ -42,7 +43,7 @@ class Request:
     def __init__(self, parameters: str = "", **tensors: NDArray[Any]) -> None:
         self.tensors = {name: Tensor(name, array) for name, array in tensors.items()}
         self.parameters = lambda: parameters
-        self.requested_output_names = lambda: list(OUTPUTS)
+        self.requested_output_names = lambda: list(EVERY)
 
 
 class Response:
@@ -100,22 +101,26 @@ class Backend:
         return request.tensors.get(name)
 
 
-@pytest.fixture
-def model(tiny_bundle: Path, tmp_path: Path) -> Model:
+def load(bundle: Path, root: Path) -> Model:
     """A model past its warm-up."""
-    write_repository(tiny_bundle, tmp_path)
-    config = text_format.Parse((tmp_path / "tiny/config.pbtxt").read_text(), pb.ModelConfig())
+    write_repository(bundle, root)
+    config = text_format.Parse((root / "tiny/config.pbtxt").read_text(), pb.ModelConfig())
     document = json_format.MessageToDict(
         config, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
     )
     made: Model = type("TritonPythonModel", (Model,), {"backend": Backend()})()
     made.initialize(
-        {"model_config": json.dumps(document), "model_repository": str(tmp_path / "tiny"), "model_version": "1"}
+        {"model_config": json.dumps(document), "model_repository": str(root / "tiny"), "model_version": "1"}
     )
     (warm,) = made.execute([Request(image=np.zeros((1, 32, 32, 3), np.uint8))])
     assert warm.error is None
     assert set(made.backend.MetricFamily.cells.values()) == {0}
     return made
+
+
+@pytest.fixture
+def model(tiny_bundle: Path, tmp_path: Path) -> Model:
+    return load(tiny_bundle, tmp_path)
 
 
 def test_a_batch_of_good_and_bad_requests(model: Model, tiny_bundle: Path, some_pictures: NDArray[np.uint8]) -> None:
@@ -142,6 +147,51 @@ def test_a_batch_of_good_and_bad_requests(model: Model, tiny_bundle: Path, some_
     cells = model.backend.MetricFamily.cells
     assert sum(count for (name, _), count in cells.items() if name == "trivium_routed_total") == 3
     assert cells["trivium_predictive_entropy_nats", "clean"] == 3
+
+
+def test_guarantees_are_the_predictor_s_bit_for_bit(
+    guaranteed_bundle: Path, tmp_path: Path, some_pictures: NDArray[np.uint8]
+) -> None:
+    model, predictor = load(guaranteed_bundle, tmp_path), Predictor.load(guaranteed_bundle)
+    manifest = predictor.manifest
+    for parameters, router, coverage, max_risk in (
+        ("", None, None, None),
+        ('{"coverage": 0.93, "router": "robust"}', "robust", 0.95, None),
+        ('{"coverage": "0.8", "max_risk": "0.1", "router": "mean"}', "mean", 0.8, 0.05),
+    ):
+        asked = terms(manifest, router, coverage, max_risk)
+        expected = [predictor.infer(image, router, asked) for image in some_pictures]
+        (response,) = model.execute([Request(parameters, image=some_pictures)])
+        assert response.error is None
+        assert list(response.tensors) == [one.name for one in metadata(manifest, ["1"]).outputs]
+        types = {"prediction_set": np.bool_, "abstain": np.bool_, "shift_score": np.float32}
+        for name in PROMISES:
+            assert response.tensors[name].dtype == types[name]
+            np.testing.assert_array_equal(response.tensors[name], [getattr(one, name) for one in expected])
+        for name in outputs_of(manifest).keys() - {"label", "head"}:
+            np.testing.assert_array_equal(response.tensors[name], [getattr(one, name) for one in expected])
+
+
+@pytest.mark.parametrize(
+    ("parameters", "words"),
+    [
+        ('{"coverage": 1.0}', "must be from 0.8 to 0.99"),
+        ('{"coverage": true}', "must be a number"),
+        ('{"max_risk": "0.001"}', "for router 'blend'"),
+        ('{"coverag": 0.9}', "known: priority, timeout, router, coverage, max_risk"),
+    ],
+)
+def test_levels_that_cannot_be_kept(
+    guaranteed_bundle: Path, tmp_path: Path, some_pictures: NDArray[np.uint8], parameters: str, words: str
+) -> None:
+    (response,) = load(guaranteed_bundle, tmp_path).execute([Request(parameters, image=some_pictures[:1])])
+    assert words in response.error.args[0]
+    assert response.error.args[1] == "INVALID_ARG"
+
+
+def test_levels_without_guarantees(model: Model, some_pictures: NDArray[np.uint8]) -> None:
+    (response,) = model.execute([Request('{"coverage": 0.9}', image=some_pictures[:1])])
+    assert "run: trivium calibrate BUNDLE" in response.error.args[0]
 
 
 def test_what_nobody_foresaw_tells_the_client_nothing(

@@ -18,8 +18,20 @@ from trivium.runtime.bundle import Manifest
 from trivium.runtime.client_codec import read_response
 from trivium.runtime.errors import InvalidRequest
 from trivium.runtime.predictor import Predictor
+from trivium.runtime.promises import terms
 from trivium.runtime.scheduler import NORMAL, URGENT
-from trivium.runtime.wire import OUTPUTS, InferMessage, pack_bytes, read_request, unpack_bytes, write_response
+from trivium.runtime.wire import (
+    EVERY,
+    OUTPUTS,
+    PROMISES,
+    InferMessage,
+    metadata,
+    outputs_of,
+    pack_bytes,
+    read_request,
+    unpack_bytes,
+    write_response,
+)
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +42,11 @@ def predictor(tiny_bundle: Path) -> Predictor:
 @pytest.fixture(scope="module")
 def manifest(predictor: Predictor) -> Manifest:
     return predictor.manifest
+
+
+@pytest.fixture(scope="module")
+def guaranteed(guaranteed_bundle: Path) -> Predictor:
+    return Predictor.load(guaranteed_bundle)
 
 
 def attempt(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -58,10 +75,13 @@ def test_any_bytes_are_elements_or_an_error(raw: bytes, size: int) -> None:
 
 NAMES = st.sampled_from(["image", "encoded_image", "", "probabilities", "Ünï"])
 PARAMETERS = st.dictionaries(
-    st.sampled_from(["router", "priority", "timeout", "sequence_id"]),
+    st.sampled_from(["router", "priority", "timeout", "coverage", "max_risk", "sequence_id"]),
     st.one_of(
         st.builds(lambda v: service_pb2.InferParameter(int64_param=v), st.integers(-5, 5)),
-        st.builds(lambda v: service_pb2.InferParameter(string_param=v), st.sampled_from(["mean", "clean", "", "x"])),
+        st.builds(
+            lambda v: service_pb2.InferParameter(string_param=v), st.sampled_from(["mean", "clean", "", "x", "0.9"])
+        ),
+        st.builds(lambda v: service_pb2.InferParameter(double_param=v), st.floats()),
         st.just(service_pb2.InferParameter()),
     ),
     max_size=2,
@@ -87,11 +107,19 @@ TENSORS = st.builds(
     st.lists(TENSORS, max_size=2),
     st.lists(st.one_of(st.just(bytes(3072)), st.just(pack_bytes(b"a")), st.binary(max_size=20)), max_size=2),
     PARAMETERS,
-    st.lists(st.sampled_from(list(OUTPUTS) + ["logits"]), max_size=2),
+    st.lists(st.sampled_from([*EVERY, "logits"]), max_size=2),
+    st.booleans(),
 )
 def test_any_message_is_a_request_that_fits_or_an_error(
-    manifest: Manifest, tensors: list[Any], raw: list[bytes], parameters: dict[str, Any], outputs: list[str]
+    manifest: Manifest,
+    guaranteed: Predictor,
+    tensors: list[Any],
+    raw: list[bytes],
+    parameters: dict[str, Any],
+    outputs: list[str],
+    promised: bool,
 ) -> None:
+    manifest = guaranteed.manifest if promised else manifest
     message = service_pb2.ModelInferRequest(
         model_name="tiny",
         inputs=tensors,
@@ -110,7 +138,8 @@ def test_any_message_is_a_request_that_fits_or_an_error(
         else:
             assert len(request.encoded) == request.size
         assert request.priority in (URGENT, NORMAL)
-        assert set(request.outputs) <= set(OUTPUTS)
+        assert set(request.outputs) <= set(outputs_of(manifest))
+        assert (request.terms is not None) == promised
 
 
 @given(st.binary(max_size=200))
@@ -168,19 +197,71 @@ def test_parameters_are_read(manifest: Manifest) -> None:
     assert (full.router, full.priority, full.timeout, full.encoded) == ("mean", URGENT, 0.0015, [b"abc"])
 
 
+def with_parameters(**parameters: Any) -> Any:
+    """A request that fits, with these parameters."""
+    tensor = service_pb2.ModelInferRequest.InferInputTensor(name="encoded_image", datatype="BYTES", shape=[1])
+    return service_pb2.ModelInferRequest(
+        inputs=[tensor],
+        raw_input_contents=[pack_bytes(b"abc")],
+        parameters={name: service_pb2.InferParameter(**value) for name, value in parameters.items()},
+    )
+
+
+def test_levels_are_read_as_numbers_or_text(guaranteed: Predictor) -> None:
+    manifest = guaranteed.manifest
+    assert read_request(with_parameters(), manifest, 4).outputs == tuple(EVERY)
+    asked = {"coverage": {"double_param": 0.93}, "max_risk": {"string_param": "0.2"}}
+    expected = terms(manifest, "mean", 0.95, 0.2, tuple(EVERY))
+    assert read_request(with_parameters(router={"string_param": "mean"}, **asked), manifest, 4).terms == expected
+    part = with_parameters(**asked)
+    part.outputs.add(name="abstain")
+    assert read_request(part, manifest, 4).terms == terms(manifest, None, 0.95, 0.2, ("abstain",))
+
+
+@pytest.mark.parametrize(
+    ("parameters", "words"),
+    [
+        ({"coverage": {"double_param": 1.0}}, "parameter 'coverage' must be from 0.8 to 0.99, got 1"),
+        ({"coverage": {"int64_param": 1}}, "parameter 'coverage' must be from 0.8 to 0.99, got 1"),
+        ({"coverage": {"bool_param": True}}, "parameter 'coverage' must be a number, got True"),
+        ({"coverage": {}}, "parameter 'coverage' must be a number, got None"),
+        ({"coverage": {"string_param": "x" * 1000}}, f"parameter 'coverage' must be a number, got '{'x' * 99}"),
+        (
+            {"max_risk": {"double_param": 0.04}, "router": {"string_param": "mean"}},
+            "parameter 'max_risk' must be from 0.05 to 0.3 for router 'mean', got 0.04",
+        ),
+    ],
+)
+def test_levels_that_cannot_be_kept_are_refused(guaranteed: Predictor, parameters: dict[str, Any], words: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        read_request(with_parameters(**parameters), guaranteed.manifest, 4)
+    assert str(caught.value) == words
+
+
+def test_without_guarantees_their_outputs_are_unknown(manifest: Manifest) -> None:
+    assert [one.name for one in metadata(manifest, ["1"]).outputs] == list(OUTPUTS)
+    for name in PROMISES:
+        asked = with_parameters()
+        asked.outputs.add(name=name)
+        with pytest.raises(InvalidRequest, match=f"unexpected inference output '{name}' .*; run: trivium calibrate"):
+            read_request(asked, manifest, 4)
+
+
 @pytest.mark.parametrize("count", [1, 3])
-def test_predictions_survive_the_way(predictor: Predictor, some_pictures: NDArray[np.uint8], count: int) -> None:
+def test_predictions_survive_the_way(guaranteed: Predictor, some_pictures: NDArray[np.uint8], count: int) -> None:
+    predictor = guaranteed
     predictions = [predictor.infer(image, decode_ns=7) for image in some_pictures[:count]]
-    response = write_response("id", predictor.manifest, tuple(OUTPUTS), predictions, 11)
+    response = write_response("id", predictor.manifest, tuple(EVERY), predictions, 11)
     found = read_response(service_pb2.ModelInferResponse.FromString(response.SerializeToString()))
     assert len(found) == count
     for one, other in zip(found, predictions, strict=True):
-        for name in OUTPUTS:
+        for name in EVERY:
             np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
         assert one.timings.decode == 7 * count
         assert one.timings.queue == 11
         assert one.timings.compute == sum(p.timings.compute for p in predictions)
+    assert read_response(write_response("", predictor.manifest, tuple(OUTPUTS), predictions, 0))[0].abstain is None
     # the frame of an answer is shared: one request's must not change the next one's
     again = write_response("other", predictor.manifest, ("label",), predictions, 0)
     assert [tensor.name for tensor in again.outputs] == ["label"]
-    assert write_response("", predictor.manifest, tuple(OUTPUTS), predictions, 11).id == ""
+    assert write_response("", predictor.manifest, tuple(EVERY), predictions, 11).id == ""
