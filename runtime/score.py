@@ -14,9 +14,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from .bundle import MANIFEST, Bundle, digest, open_bundle
 from .cpus import usable_cpus
-from .errors import InvalidRequest
 from .predict import positive
-from .router import routers
+from .promises import terms
+from .router import unknown_router
 from .scoring import actors, pool
 from .scoring.inputs import Input, open_input
 from .scoring.parts import Parts, ScoredBundle, chunks
@@ -31,7 +31,7 @@ def main() -> None:
     arguments = _arguments()
     console = Console(soft_wrap=True, highlight=False, markup=False)
     bundle = open_bundle(arguments.bundle)
-    described = _described(bundle, arguments.router)
+    described = _described(bundle, arguments)
     pictures = open_input(arguments.input, arguments.root)
     if arguments.engine == "ray":
         actors.load()  # a mistake is told before anything is written
@@ -41,7 +41,9 @@ def main() -> None:
         if left < len(pictures):
             console.print(f"{len(pictures) - left} of {len(pictures)} pictures were scored before")
         work = (Chunk(rows.start, pictures.rows(rows.start, rows.stop)) for rows in chunks(missing, CHUNK))
-        task = Task(str(bundle.path.absolute()), described.digest, described.router)
+        task = Task(
+            str(bundle.path.absolute()), described.digest, described.router, described.coverage, described.max_risk
+        )
         if left:
             count(work, left, task, arguments.workers, arguments.engine, parts, console)
         parts.finish()
@@ -65,6 +67,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="new, empty, or begun by this command")
     parser.add_argument("--root", metavar="DIR", type=Path, help="of a table's paths (default: the table's folder)")
     parser.add_argument("--router", metavar="NAME", help="a head's name or a rule; the model's own choice by default")
+    parser.add_argument("--coverage", metavar="SHARE", type=float, help="of the prediction sets, say 0.95")
+    parser.add_argument("--max-risk", metavar="SHARE", type=float, help="of error where no abstention is, say 0.05")
     parser.add_argument(
         "--engine", choices=["processes", "ray"], default="processes",
         help="processes of this machine, or actors of Ray Data on the cluster that RAY_ADDRESS names (default "
@@ -118,15 +122,18 @@ def print_end(parts: Parts, pictures: Input, console: Console) -> None:
     console.print(f"{parts.out}: {len(pictures)} pictures{unreadable}")
 
 
-def _described(bundle: Bundle, router: str | None) -> ScoredBundle:
+def _described(bundle: Bundle, arguments: argparse.Namespace) -> ScoredBundle:
     manifest = bundle.manifest
-    if router is not None and router not in (available := routers(manifest)):
-        raise InvalidRequest(f"unknown router {router!r}; this model has: {', '.join(available)}")
+    if arguments.router not in (None, *manifest.routers()):
+        raise unknown_router(arguments.router, manifest.routers())
+    router = arguments.router or manifest.router.default
     return ScoredBundle(
         path=str(bundle.path),
         name=manifest.name,
         version=manifest.version,
         digest=digest(bundle.path / MANIFEST),
-        router=router or manifest.router.default,
-        guarantees=getattr(manifest, "guarantees", None) is not None,
+        router=router,
+        guarantees=terms(manifest, router, arguments.coverage, arguments.max_risk) is not None,
+        coverage=arguments.coverage,
+        max_risk=arguments.max_risk,
     )

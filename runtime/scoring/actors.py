@@ -1,4 +1,4 @@
-"""The same scoring on Ray: a pool of Ray Data actors, one engine of one thread each, on one machine or a cluster."""
+"""Engines of one thread as actors of Ray, on one machine or a cluster: for scoring by Ray Data, and for evaluation."""
 
 from __future__ import annotations
 
@@ -7,10 +7,18 @@ import os
 import pickle
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from trivium.kernels import HeadStatistics
+
+from ..bundle import MANIFEST, digest, open_bundle
 from ..cpus import usable_cpus
-from ..errors import MissingExtra, ServerError, TriviumError
+from ..engine import Engine
+from ..errors import DigestMismatch, MissingExtra, ServerError, TriviumError
 from .pool import DEATHS
 from .scorer import Chunk, Scored, Scorer, Task
 
@@ -75,10 +83,7 @@ def scored(chunks: Iterator[Chunk], task: Task, workers: int | None) -> Iterator
         for row in answers.iter_rows():
             yield pickle.loads(row["scored"])
     except ray.exceptions.RayError as error:
-        cause = getattr(error, "cause", None)
-        if isinstance(cause, TriviumError):
-            raise cause from None
-        raise ServerError(f"Ray gave up: {_line(error)}") from None
+        raise _ours(error) from None
 
 
 class Actor:
@@ -89,6 +94,52 @@ class Actor:
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         return {"scored": pickle.dumps(self._scorer.score(pickle.loads(row["chunk"])))}
+
+
+class ActorEngine:
+    """A bundle's engines of one thread in as many actors as the cluster has cores; Ray restarts one that dies.
+
+    Raises: MissingExtra; ServerError where there is no cluster.
+    """
+
+    def __init__(self, bundle: str) -> None:
+        self._ray = load()
+        cores = connect(self._ray)
+        remote = self._ray.remote(num_cpus=1, max_restarts=-1, max_task_retries=DEATHS - 1)(_EngineActor)
+        path, wanted = Path(bundle).absolute(), digest(Path(bundle) / MANIFEST)
+        self._actors = [remote.remote(path, wanted) for _ in range(cores)]
+
+    def run_batch(self, images: NDArray[np.uint8], batch: int = 64) -> HeadStatistics:
+        """As Engine.run_batch, in batches that keep all actors busy.
+
+        Raises: EngineError; ServerError where Ray gives up.
+        """
+        batch = min(batch, -(-len(images) // len(self._actors)))
+        answers = [
+            self._actors[number % len(self._actors)].run_batch.remote(images[start : start + batch])
+            for number, start in enumerate(range(0, len(images), batch))
+        ]
+        try:
+            rows = self._ray.get(answers)
+        except self._ray.exceptions.RayError as error:
+            raise _ours(error) from None
+        return HeadStatistics(*(np.concatenate(column) for column in zip(*rows, strict=True)))
+
+
+class _EngineActor:
+    def __init__(self, path: Path, wanted: str) -> None:
+        self._engine = Engine(open_bundle(path))
+        if digest(path / MANIFEST) != wanted:
+            raise DigestMismatch(f"{path}: on this node it is another bundle")
+
+    def run_batch(self, images: NDArray[np.uint8]) -> HeadStatistics:
+        return self._engine.run_batch(images, len(images))
+
+
+def _ours(error: Exception) -> TriviumError:
+    """What was raised in an actor, or that Ray gave up."""
+    cause = getattr(error, "cause", None)
+    return cause if isinstance(cause, TriviumError) else ServerError(f"Ray gave up: {_line(error)}")
 
 
 def _line(error: BaseException) -> str:

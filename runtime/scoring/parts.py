@@ -53,6 +53,9 @@ class ScoredBundle(Strict):
     router: str
     """In force."""
     guarantees: bool
+    coverage: float | None = None
+    """As asked for; None is the bundle's own."""
+    max_risk: float | None = None
 
 
 class ScoredInput(Strict):
@@ -221,6 +224,10 @@ def refuse_another(
         reason = f"holds scores by another bundle ({was.name} version {was.version}, sha256 {was.digest[:12]})"
     elif was.router != bundle.router:
         reason = f"was begun with --router {was.router}, not {bundle.router}"
+    elif (was.coverage, was.max_risk) != (bundle.coverage, bundle.max_risk):
+        begun_with = [("--coverage", was.coverage), ("--max-risk", was.max_risk)]
+        given = " ".join(f"{flag} {level:g}" for flag, level in begun_with if level is not None)
+        reason = f"was begun with {given or 'the own coverage and risk of the bundle'}"
     elif begun.input.fingerprint != pictures.fingerprint:
         reason = f"was begun with {begun.input.pictures} pictures of {begun.input.path}, and this input is not the same"
     elif part_rows not in (None, begun.part_rows):

@@ -7,11 +7,14 @@ from socket import gethostname
 from time import process_time, thread_time
 from typing import NamedTuple
 
+import numpy as np
+
 from .. import memory
 from ..bundle import printable
 from ..errors import DigestMismatch, EngineError, InvalidPicture
 from ..predict import answering
 from ..predictor import Predictor, Timings
+from ..promises import terms
 from .inputs import Picture
 
 
@@ -21,7 +24,10 @@ class Task(NamedTuple):
     bundle: str
     digest: str
     """SHA-256 of its manifest, which holds those of all its files."""
-    router: str | None
+    router: str
+    coverage: float | None = None
+    """Of the prediction sets, where not the bundle's own; and the risk below which it need not abstain."""
+    max_risk: float | None = None
 
 
 class Chunk(NamedTuple):
@@ -78,9 +84,10 @@ class Scorer:
         self._predictor = Predictor.load(task.bundle)
         if self._predictor.digest != task.digest:
             raise DigestMismatch(f"{task.bundle}: not the bundle that this run began with")
-        self._router = task.router
+        manifest = self._predictor.manifest
+        self._router, self._heads, self._classes = task.router, manifest.heads, manifest.classes
+        self._terms = terms(manifest, task.router, task.coverage, task.max_risk)
         self._name = f"{gethostname()}:{getpid()}"
-        self._heads = self._predictor.manifest.heads
         memory.after_load()
         memory.use_huge_pages()
 
@@ -101,11 +108,14 @@ class Scorer:
             computed = thread_time()
             decode, compute = decode + decoded - start, compute + computed - decoded
             try:
-                answer = self._predictor.answer(statistics, self._router, Timings())
+                answer = self._predictor.answer(statistics, self._router, Timings(), self._terms)
             except EngineError as error:
                 rows.append(Row(picture.path, picture.key, error=str(error)))
                 continue
             own = answering(answer.head, self._heads)
+            chosen = None if answer.prediction_set is None else np.flatnonzero(answer.prediction_set)
+            if chosen is not None:
+                chosen = chosen[np.argsort(-answer.probabilities[chosen], kind="stable")]
             rows.append(
                 Row(
                     path=picture.path,
@@ -116,6 +126,9 @@ class Scorer:
                     confidence=float(answer.probabilities[answer.class_id]),
                     predictive_entropy=float(answer.predictive_entropy[own].mean()),
                     mutual_information=float(answer.mutual_information[own].mean()),
+                    set=None if chosen is None else [self._classes[i] for i in chosen],
+                    abstain=answer.abstain,
+                    shift_score=answer.shift_score,
                 )
             )
         return Scored(chunk.start, rows, decode, compute, process_time(), self._name)

@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -27,10 +28,12 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 from tests.commands import called
+from tests.conftest import tiny_guarantees
 
 from trivium.runtime.bundle import MANIFEST, digest
 from trivium.runtime.errors import ConfigError, InvalidRequest, ManifestError, MissingExtra, ServerError, TriviumError
 from trivium.runtime.predictor import Predictor
+from trivium.runtime.promises import terms
 from trivium.runtime.score import main
 from trivium.runtime.scoring.inputs import open_input
 from trivium.runtime.scoring.parts import RECORD, Parts, ScoredBundle, chunks
@@ -40,6 +43,7 @@ from trivium.runtime.scoring.scorer import Chunk, Task
 pytest.importorskip("onnxruntime", reason="needs onnxruntime: pip install 'trivium[cpu]'")
 
 COLUMNS = ["path", "label", "class_id", "head", "confidence", "predictive_entropy", "mutual_information", "error"]
+PAGE = Path(__file__).parents[2] / "runtime/SCORE.md"
 BROKEN = b"\xff\xd8\xff\xe0 nonsense"
 
 
@@ -67,7 +71,7 @@ def noise(count: int) -> NDArray[np.uint8]:
 
 
 def task(bundle: Path) -> Task:
-    return Task(str(bundle), digest(bundle / MANIFEST), None)
+    return Task(str(bundle), digest(bundle / MANIFEST), "blend")
 
 
 @pytest.fixture
@@ -101,7 +105,10 @@ def test_rows_are_the_predictors_answers(
         assert row["mutual_information"] == answer.mutual_information[own].mean()
         assert row["error"] is None
     assert pyarrow.parquet.read_table(out).num_rows == 13  # the record does not disturb readers of the folder
+    (code,) = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    exec(code.replace('"scores"', repr(str(out))), {})
     said = capsys.readouterr().out
+    assert "below/0001.png" in said
     assert "13 pictures, 1 of them without an answer" in said
     assert "CPU-s: " in said
     assert json.loads((out / RECORD).read_text())["finished"] == {"unreadable": 1}
@@ -123,6 +130,25 @@ def test_a_table_of_paths(tiny_bundle: Path, folder: Path, tmp_path: Path) -> No
     assert rows(tmp_path / "b") == found
     answer = Predictor.load(tiny_bundle).infer(np.asarray(Image.open(folder / "0000.png")), "mean")
     assert found[0]["mutual_information"] == answer.mutual_information.mean()
+
+
+def test_what_a_bundle_promises(build_bundle: Callable[..., Path], folder: Path, tmp_path: Path) -> None:
+    bundle = build_bundle(tmp_path / "bundle", guarantees=tiny_guarantees())
+    score(bundle, folder, "--out", tmp_path / "out", "--coverage", "0.8", "--max-risk", "0.1")
+    predictor = Predictor.load(bundle)
+    asked = terms(predictor.manifest, None, 0.8, 0.1)
+    found = rows(tmp_path / "out")
+    assert list(found[0]) == [*COLUMNS[:-1], "set", "abstain", "shift_score", "error"]
+    assert [row["path"] for row in found if row["set"] is None] == ["broken.jpg"]
+    for row in found:
+        if row["error"] is None:
+            answer = predictor.infer(predictor.decode((folder / row["path"]).read_bytes()), None, asked)
+            assert answer.prediction_set is not None
+            members = sorted(np.flatnonzero(answer.prediction_set), key=lambda i: -answer.probabilities[i])
+            assert row["set"] == [predictor.manifest.classes[i] for i in members]
+            assert (row["abstain"], row["shift_score"]) == (answer.abstain, answer.shift_score)
+    with pytest.raises(ConfigError, match=r"was begun with --coverage 0.8 --max-risk 0.1; choose"):
+        score(bundle, folder, "--out", tmp_path / "out")
 
 
 @pytest.mark.parametrize("named", ["shards/{a,b}.tar", "shards/*.tar", "shards"])
@@ -147,7 +173,7 @@ def test_webdataset_shards(named: str, tiny_bundle: Path, folder: Path, tmp_path
 
 
 def kill_and_resume(
-    bundle: Path, pictures: Path, directory: Path, *arguments: str, kills: int = 2
+    bundle: Path, pictures: Path, directory: Path, *arguments: str, kills: int
 ) -> tuple[list[dict[str, Any]], list[int]]:
     """Rows of a run that was killed with -9 at random moments and begun again; the parts there at each kill."""
     out = directory / "killed"
@@ -171,8 +197,8 @@ def kill_and_resume(
 def test_a_killed_run_goes_on(slow_bundle: Path, tmp_path: Path) -> None:
     names = write_pictures(tmp_path / "pictures", noise(24))
     score(slow_bundle, tmp_path / "pictures", "--out", tmp_path / "whole")
-    found, there = kill_and_resume(slow_bundle, tmp_path / "pictures", tmp_path, "--part-rows", "2")
-    assert there[0] < there[1] < 12
+    found, there = kill_and_resume(slow_bundle, tmp_path / "pictures", tmp_path, "--part-rows", "2", kills=1)
+    assert 0 < there[0] < 12
     assert [row["path"] for row in found] == names
     assert found == rows(tmp_path / "whole")
 
@@ -320,6 +346,7 @@ def test_wrong_use(tiny_bundle: Path, folder: Path, tmp_path: Path, monkeypatch:
         (ConfigError, "no uncompressed tar file", [tiny_bundle, tmp_path / "damaged.tar"]),
         (ConfigError, "--root goes with", [tiny_bundle, folder, "--root", folder]),
         (InvalidRequest, "unknown router 'x'; this model has: clean", [tiny_bundle, folder, "--router", "x"]),
+        (InvalidRequest, "'coverage' cannot be used for model 'tiny'", [tiny_bundle, folder, "--coverage", "0.9"]),
         (MissingExtra, r"'ray' is not installed; .*trivium\[ray\]", [tiny_bundle, folder, "--engine", "ray"]),
     ]
     for kind, match, arguments in wrong:
@@ -373,6 +400,18 @@ def test_ray_loses_nothing_with_an_actor(slow_bundle: Path, tmp_path: Path) -> N
     found = rows(tmp_path / "ray")
     assert [row["path"] for row in found] == names
     assert found == rows(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_evaluation_on_ray_asks_the_same_engine(tiny_bundle: Path) -> None:
+    pytest.importorskip("ray.data", reason="needs Ray: pip install 'trivium[ray]'")
+    subject = pytest.importorskip(
+        "trivium.train.evaluation.subject", reason="needs torch: pip install 'trivium[train]'"
+    )
+    images = noise(200)
+    here, there = (subject.BundleSubject(str(tiny_bundle), engine) for engine in ("local", "ray"))
+    for own, found in zip(here.answer(images)[0], there.answer(images)[0], strict=True):
+        np.testing.assert_allclose(found, own, atol=1e-5)
 
 
 @pytest.mark.slow
