@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow lint format evaluate bench bench-peers bench-serve bench-serve-peers gpu-check test-triton test-docker lock test-zoo sanitize soak fuzz wheel clean
+.PHONY: help venv demo test test-slow lint format evaluate bench bench-peers bench-serve bench-serve-peers bench-score gpu-check test-triton test-docker lock test-zoo sanitize soak fuzz wheel clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -59,6 +59,9 @@ bench-serve: venv  ## the server beside its engine (build/bench/serve.json)
 
 bench-serve-peers: venv  ## the same graph by six other servers, each in an environment of its own
 	$(BIN)/python -m tests.bench.serve --peers
+
+bench-score: venv  ## offline scoring beside the limit of two engine sessions (build/bench/score.json)
+	$(BIN)/python -m tests.bench.score
 
 sanitize:  ## the CPU kernels and the HTTP/2 engine under the address and undefined-behaviour sanitizers
 	sh tests/kernels/sanitize.sh
