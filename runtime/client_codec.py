@@ -177,7 +177,8 @@ def write_request(
             message.parameters["priority"].int64_param = priority
         for name, level in (("coverage", coverage), ("max_risk", max_risk)):
             if level is not None:
-                message.parameters[name].double_param = level
+                # as text: Triton hands no doubles on to its Python back end
+                message.parameters[name].string_param = repr(float(level))
     except (TypeError, ValueError) as error:
         raise InvalidRequest(f"the request cannot be written: {error}") from None
     if (shape := _shape(pictures[0])) is None:

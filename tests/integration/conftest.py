@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from tests.conftest import tiny_guarantees
 from tests.processes import ServerProcess
 
 if TYPE_CHECKING:
@@ -43,11 +44,12 @@ def server(
     build_bundle: Callable[..., Path],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[ServerProcess]:
-    """One server for all tests that do not stop it: models tiny (versions 1 and 3) and single."""
+    """One server for all tests that do not stop it: models tiny (versions 1 and 3), single and guaranteed."""
     root = tmp_path_factory.mktemp("server")
     third = build_bundle(root / "third", version="3")
     single = build_bundle(root / "single", heads=("original",), name="single")
-    running = ServerProcess(root, tiny_bundle, third, single, "--instances", "2")
+    guaranteed = build_bundle(root / "guaranteed", name="guaranteed", guarantees=tiny_guarantees())
+    running = ServerProcess(root, tiny_bundle, third, single, guaranteed, "--instances", "2")
     yield running
     assert running.stop() == 0, running.log.read_text()
 
@@ -70,12 +72,14 @@ def triton_server(
     root = tmp_path_factory.mktemp("triton")
     repository = root / "models"
     third = build_bundle(root / "third", version="3")
-    for bundle in (tiny_bundle, third, build_bundle(root / "single", heads=("original",), name="single")):
+    single = build_bundle(root / "single", heads=("original",), name="single")
+    guaranteed = build_bundle(root / "guaranteed", name="guaranteed", guarantees=tiny_guarantees())
+    for bundle in (tiny_bundle, third, single, guaranteed):
         write_repository(bundle, repository, instances=2)
     config = repository / "tiny/config.pbtxt"
     served_all = config.read_text().replace("latest {\n    num_versions: 1\n  }", "all {\n  }")
     config.write_text(served_all)
-    running = TritonServer(installation, repository, ["tiny", "single"], root / "log.txt")
+    running = TritonServer(installation, repository, ["tiny", "single", "guaranteed"], root / "log.txt")
     yield running
     running.stop()
 

@@ -21,6 +21,7 @@ from PIL import Image
 from trivium.runtime import AsyncClient, Client, RetryPolicy
 from trivium.runtime.errors import InvalidRequest, OtherBundle, QueueFull, Unauthenticated, Unavailable, UnknownModel
 from trivium.runtime.predictor import Prediction, Predictor
+from trivium.runtime.promises import ranges, terms
 from trivium.runtime.wire import OUTPUTS
 
 if TYPE_CHECKING:
@@ -87,6 +88,33 @@ def test_all_kinds_of_pictures_mixed_get_the_predictors_answers(
     assert len({answer.request_id for answer in several}) == 1
     assert one[0].timings.decode > 0
     assert one[0].timings.compute > 0
+
+
+def test_both_clients_ask_for_levels(
+    server: ServerProcess, guaranteed_bundle: Path, some_pictures: NDArray[np.uint8]
+) -> None:
+    predictor = Predictor.load(guaranteed_bundle)
+    asked = terms(predictor.manifest, "robust", 0.8, 0.05)
+    expected = [predictor.infer(image, "robust", asked) for image in some_pictures]
+
+    async def ask() -> tuple[list[Any], Any]:
+        async with AsyncClient(server.url, "guaranteed") as client:
+            answers = await client.predict(some_pictures, router="robust", coverage=0.8, max_risk=0.05)
+            return answers, (await client.metadata()).guarantees
+
+    with Client(server.url, "guaranteed") as client:
+        blocking = client.predict(some_pictures, router="robust", coverage=0.8, max_risk=0.05)
+        offered = client.metadata().guarantees
+        with pytest.raises(InvalidRequest, match="cannot be written"):
+            client.predict(some_pictures, coverage="high")  # type: ignore[arg-type]
+    for answers, described in ((blocking, offered), asyncio.run(ask())):
+        assert described == ranges(predictor.manifest)
+        for one, right in zip(answers, expected, strict=True):
+            assert content(one) == content(right)
+            np.testing.assert_array_equal(one.prediction_set, right.prediction_set)
+            assert (one.abstain, one.shift_score) == (right.abstain, right.shift_score)
+    defaults = [predictor.infer(image, "robust") for image in some_pictures]
+    assert [one.abstain for one in defaults] != [one.abstain for one in expected]
 
 
 def test_what_the_server_says_of_itself(server: ServerProcess, predictor: Predictor) -> None:
@@ -264,16 +292,16 @@ def test_tls_with_client_certificates_and_tokens(serve: Serve, tiny_bundle: Path
 
 
 def test_predict_by_a_server_prints_what_predict_by_a_bundle_prints(
-    server: ServerProcess, tiny_bundle: Path, folder: Path
+    server: ServerProcess, guaranteed_bundle: Path, folder: Path
 ) -> None:
-    remote = ["--server", server.url, "--model", "tiny/1"]
-    options = [folder, "--top", "3", "--router", "paper"]
-    offline, online = trivium("predict", tiny_bundle, *options), trivium("predict", *remote, *options)
+    remote = ["--server", server.url, "--model", "guaranteed/1"]
+    options = [folder, "--top", "3", "--router", "paper", "--coverage", "0.93", "--max-risk", "0.25"]
+    offline, online = trivium("predict", guaranteed_bundle, *options), trivium("predict", *remote, *options)
     assert (online.returncode, online.stderr) == (0, "")
     assert online.stdout == offline.stdout
     assert "class " in online.stdout
     rows = []
-    for source in ([tiny_bundle], remote):
+    for source in ([guaranteed_bundle], remote):
         done = trivium("predict", *source, *options, "--json")
         rows.append([json.loads(line) for line in done.stdout.splitlines()])
         for row in rows[-1]:
@@ -282,6 +310,10 @@ def test_predict_by_a_server_prints_what_predict_by_a_bundle_prints(
                 assert row.pop(name) >= 0
     assert rows[0] == rows[1]
     assert len(rows[0]) == 3
+    assert all(row["prediction_set"] for row in rows[0])
+    done = trivium("predict", *remote, *options, "--coverage", "0.999")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "trivium predict: parameter 'coverage' must be from 0.8 to 0.99, got 0.999\n"
 
 
 def test_predict_by_a_server_names_what_cannot_be_answered(server: ServerProcess, folder: Path, tmp_path: Path) -> None:

@@ -7,6 +7,8 @@ says which and why. Words of an error are ours alone.
 from __future__ import annotations
 
 import io
+import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,12 +24,15 @@ from tritonclient.grpc import model_config_pb2, service_pb2, service_pb2_grpc
 from tritonclient.utils import InferenceServerException
 
 from trivium.runtime.client import Client
+from trivium.runtime.errors import InvalidRequest
 from trivium.runtime.predictor import Predictor
-from trivium.runtime.wire import OUTPUTS, pack_bytes
+from trivium.runtime.promises import ranges, terms
+from trivium.runtime.wire import OUTPUTS, PROMISES, pack_bytes
 
 MODEL = "tiny"
 K, C, SIZE = 3, 10, 32
 HEADS = ("clean", "robust", "combined")
+ONE = np.zeros((1, SIZE, SIZE, 3), np.uint8)
 
 
 class Endpoint(NamedTuple):
@@ -123,7 +128,8 @@ def test_versions_and_index(endpoint: Endpoint) -> None:
     assert list(client.get_model_metadata(MODEL).versions) == ["1", "3"]
     assert list(client.get_model_metadata(MODEL, "1").versions) == ["1"]
     index = {(one.name, one.version): one.state for one in client.get_model_repository_index().models}
-    assert index == {("tiny", "1"): "READY", ("tiny", "3"): "READY", ("single", "1"): "READY"}
+    models = (("tiny", "1"), ("tiny", "3"), ("single", "1"), ("guaranteed", "1"))
+    assert index == dict.fromkeys(models, "READY")
 
 
 def test_config(endpoint: Endpoint) -> None:
@@ -156,6 +162,100 @@ def test_values_are_the_predictors(endpoint: Endpoint, tiny_bundle: Path, some_p
             np.testing.assert_allclose(
                 found.as_numpy(name), np.stack([getattr(one, name) for one in expected]), rtol=0, atol=1e-5
             )
+
+
+LEVELS: list[tuple[dict[str, Any], tuple[float | None, float | None]]] = [
+    ({}, (None, None)),
+    ({"coverage": "0.93"}, (0.95, None)),
+    ({"coverage": "0.8", "max_risk": "0.06"}, (0.8, 0.05)),
+    ({"coverage": "0.99", "max_risk": "0.3"}, (0.99, 0.3)),
+]
+"""Parameters of a request, and the levels that they mean."""
+
+
+@pytest.mark.parametrize("size", [1, 12])
+def test_guarantees_are_the_predictors_bit_for_bit(
+    endpoint: Endpoint, guaranteed_bundle: Path, some_pictures: NDArray[np.uint8], size: int
+) -> None:
+    predictor = Predictor.load(guaranteed_bundle)
+    model, images = "guaranteed", some_pictures[:size]
+    described = {one.name: (one.datatype, list(one.shape)) for one in endpoint.client.get_model_metadata(model).outputs}
+    assert list(described)[-3:] == list(PROMISES)
+    assert described["prediction_set"] == ("BOOL", [-1, C])
+    assert (described["abstain"], described["shift_score"]) == (("BOOL", [-1]), ("FP32", [-1]))
+    offered = json.loads(endpoint.client.get_model_config(model).config.parameters["guarantees"].string_value)
+    assert offered == json.loads(json.dumps(ranges(predictor.manifest)))
+    for router in (None, "robust", "mean"):
+        for parameters, levels in LEVELS:
+            asked = terms(predictor.manifest, router, *levels)
+            expected = [predictor.infer(image, router, asked) for image in images]
+            given = parameters | ({"router": router} if router else {})
+            found = endpoint.client.infer(model, [picture_input(images)], parameters=given)
+            for name in PROMISES:
+                np.testing.assert_array_equal(found.as_numpy(name), [getattr(one, name) for one in expected])
+            alone = endpoint.client.infer(
+                model, [picture_input(images)], outputs=[triton.InferRequestedOutput("abstain")], parameters=given
+            )
+            np.testing.assert_array_equal(alone.as_numpy("abstain"), found.as_numpy("abstain"))
+            with Client(endpoint.url, model) as client:
+                names = ("coverage", "max_risk")
+                own: dict[str, Any] = {name: float(parameters[name]) for name in names if name in parameters}
+                answers = client.predict(images, router=router, **own)
+            for answer, right in zip(answers, expected, strict=True):
+                np.testing.assert_array_equal(answer.prediction_set, right.prediction_set)
+                assert (answer.abstain, answer.shift_score) == (right.abstain, right.shift_score)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "words"),
+    [
+        ({"coverage": "1.0"}, "must be from 0.8 to 0.99, got 1"),
+        ({"coverage": "0.1"}, "must be from 0.8 to 0.99, got 0.1"),
+        ({"coverage": "nan"}, "must be from 0.8 to 0.99, got nan"),
+        ({"coverage": "-0.9"}, "must be from 0.8 to 0.99, got -0.9"),
+        ({"coverage": "high"}, "parameter 'coverage' must be a number, got 'high'"),
+        ({"coverage": True}, "parameter 'coverage' must be a number, got True"),
+        ({"coverage": 1}, "must be from 0.8 to 0.99, got 1"),
+        ({"max_risk": "0.01"}, "must be from 0.05 to 0.3 for router 'blend', got 0.01"),
+        ({"max_risk": "0.31"}, "must be from 0.05 to 0.3 for router 'blend', got 0.31"),
+        ({"max_risk": "nan"}, "must be from 0.05 to 0.3"),
+        ({"risk": "0.2"}, "unknown request parameter 'risk'"),
+    ],
+)
+def test_levels_that_cannot_be_kept(endpoint: Endpoint, parameters: dict[str, Any], words: str) -> None:
+    ask = lambda: endpoint.client.infer("guaranteed", [picture_input(ONE)], parameters=parameters)  # noqa: E731
+    assert refused(endpoint, ask, words) == "INVALID_ARGUMENT"
+
+
+def test_a_level_may_come_as_a_double(endpoint: Endpoint, some_pictures: NDArray[np.uint8]) -> None:
+    ask = lambda level: endpoint.client.infer(  # noqa: E731
+        "guaranteed", [picture_input(some_pictures)], parameters={"coverage": level}
+    )
+    text, double = (ask(level).as_numpy("prediction_set") for level in ("0.99", 0.99))
+    np.testing.assert_array_equal(text, double)
+    assert text.sum() > ask("0.8").as_numpy("prediction_set").sum()
+
+
+@pytest.mark.parametrize("level", [1.0, 0.01, math.nan, -0.9, math.inf])
+def test_levels_that_are_numbers(endpoint: Endpoint, level: float) -> None:
+    with Client(endpoint.url, "guaranteed") as client:
+        with pytest.raises(InvalidRequest, match=r"'coverage' must be from 0.8 to 0.99"):
+            client.predict(ONE, coverage=level)
+        with pytest.raises(InvalidRequest, match=r"'max_risk' must be from 0.05 to 0.3"):
+            client.predict(ONE, max_risk=level)
+
+
+def test_nothing_is_promised_without_guarantees(endpoint: Endpoint) -> None:
+    tensor, says = [picture_input(ONE)], "its bundle has no guarantees; run: trivium calibrate BUNDLE"
+    for name in PROMISES:
+        asked = lambda name=name: endpoint.client.infer(MODEL, tensor, outputs=[triton.InferRequestedOutput(name)])  # noqa: E731
+        assert refused(endpoint, asked, name, says) == "INVALID_ARGUMENT"
+    for parameters in ({"coverage": "0.9"}, {"max_risk": "0.1"}):
+        asked = lambda p=parameters: endpoint.client.infer(MODEL, tensor, parameters=p)  # noqa: E731
+        assert refused(endpoint, asked, says) == "INVALID_ARGUMENT"
+    with Client(endpoint.url, MODEL) as client:
+        assert client.metadata().guarantees is None
+        assert client.predict(ONE)[0].prediction_set is None
 
 
 @pytest.mark.parametrize("count", [1, 5])
@@ -261,9 +361,6 @@ def test_versions(endpoint: Endpoint, some_pictures: NDArray[np.uint8]) -> None:
     single = endpoint.client.infer("single", tensor)
     assert single.as_numpy("head").tolist() == [b"original"]
     assert single.as_numpy("divergence").shape == (1, 1, 1)
-
-
-ONE = np.zeros((1, SIZE, SIZE, 3), np.uint8)
 
 
 @pytest.mark.parametrize(
