@@ -1,0 +1,98 @@
+"""docker/ray: messages that can be pickled, and the application in a real Ray where there is one."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from tritonclient.grpc import service_pb2
+
+from trivium.runtime import Client
+from trivium.runtime.errors import InvalidRequest, UnknownModel
+from trivium.runtime.predictor import Predictor
+
+RAY = Path(__file__).parents[2] / "docker/ray"
+START = """
+import signal, sys, threading
+import ray, serve_app
+from ray import serve
+from ray.serve.config import gRPCOptions
+
+bundle, port, http = sys.argv[1:]
+told = threading.Event()
+signal.signal(signal.SIGTERM, lambda *_: told.set())
+ray.init(num_cpus=1, include_dashboard=False, logging_level="error")
+servicer = "tritonclient.grpc.service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server"
+serve.start(
+    http_options={"host": "127.0.0.1", "port": int(http)},
+    grpc_options=gRPCOptions(port=int(port), grpc_servicer_functions=[servicer]),
+)
+serve.run(serve_app.build(serve_app.Arguments(bundle=bundle)))
+print("ready", flush=True)
+told.wait()
+serve.shutdown()
+ray.shutdown()
+"""
+
+
+def test_messages_survive_pickling(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray does it to each; tritonclient alone cannot."""
+    message = service_pb2.ModelInferRequest(model_name="a")
+    monkeypatch.delitem(sys.modules, "grpc_service_pb2", raising=False)
+    with pytest.raises(pickle.PicklingError, match="grpc_service_pb2"):
+        pickle.dumps(message)
+    monkeypatch.syspath_prepend(str(RAY))
+    try:
+        assert pickle.loads(pickle.dumps(message)) == message
+    finally:
+        sys.modules.pop("grpc_service_pb2", None)
+
+
+@pytest.fixture
+def application(tiny_bundle: Path) -> Iterator[str]:
+    """The address of an application with one replica."""
+    if find_spec("ray") is None or find_spec("ray.serve") is None or find_spec("starlette") is None:
+        pytest.skip("Ray Serve is not installed: pip install 'ray[serve]'")
+    ports = []
+    for _ in range(2):
+        with socket.socket() as one:
+            one.bind(("127.0.0.1", 0))
+            ports.append(str(one.getsockname()[1]))
+    environment = os.environ | {"PYTHONPATH": str(RAY), "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+    words = [sys.executable, "-c", START, str(tiny_bundle), *ports]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=environment, cwd=RAY)
+    try:
+        assert process.stdout is not None
+        assert any(line.strip() == "ready" for line in process.stdout), "Ray Serve did not start"
+        yield f"127.0.0.1:{ports[0]}"
+    finally:
+        process.terminate()
+        try:
+            process.wait(120)
+        finally:
+            process.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_application_answers_as_the_server_does(
+    application: str, tiny_bundle: Path, some_pictures: NDArray[np.uint8]
+) -> None:
+    local = Predictor.load(tiny_bundle)
+    with Client(application, timeout=60) as client:
+        assert client.metadata().heads == local.manifest.heads
+        for found, picture in zip(client.predict(list(some_pictures)), some_pictures, strict=True):
+            assert np.array_equal(found.probabilities, local.infer(picture).probabilities)
+        with pytest.raises(InvalidRequest, match="router"):
+            client.predict(some_pictures[:1], router="nobody")
+    with Client(application, "other", timeout=60) as client, pytest.raises(UnknownModel, match="no model 'other'"):
+        client.predict(list(some_pictures[:1]))
