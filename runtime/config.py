@@ -135,7 +135,7 @@ class Settings(Strict):
     log_format: Annotated[Literal["text", "json"], Field(description="lines for people, or one JSON object a line")] = (
         "text"
     )
-    access_log: Annotated[bool, Field(description="a line for each request, at level info")] = False
+    access_log: Annotated[bool, Field(description="a line for each request and its answers, at level info")] = False
     trace_endpoint: Annotated[
         Annotated[str, Field(pattern=r"^https?://[^\s/@]+/?$")] | None,
         Field(description="OpenTelemetry collector's gRPC, http://HOST:PORT or https://HOST:PORT; default: no traces"),

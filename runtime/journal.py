@@ -9,7 +9,7 @@ from typing import Any
 
 from .bundle import Manifest
 from .config import Settings
-from .logs import about, request_id
+from .logs import Value, about, request_id
 from .predictor import Prediction
 from .scheduler import Job
 from .tracing import Stage, Trace, Tracer
@@ -77,6 +77,7 @@ class Journal:
                     version=manifest.version,
                     pictures=len(predictions),
                     head=heads,
+                    **_answers(manifest, job, predictions),
                     decode_ms=sum(one.decode for one in timings) / 1e6,
                     queue_ms=job.queue_ns / 1e6,
                     compute_ms=sum(one.compute for one in timings) / 1e6,
@@ -125,6 +126,25 @@ class Journal:
         """Hand on what is left; may take seconds."""
         if self._tracer is not None:
             self._tracer.close()
+
+
+def _answers(manifest: Manifest, job: Job[Prediction], predictions: Sequence[Prediction]) -> dict[str, Value | None]:
+    """What was answered, and on what terms, for `trivium feedback`; of each picture one element of a list."""
+    asked = job.payload.request
+    fields: dict[str, Value | None] = {
+        "router": asked.router or manifest.router.default,
+        "class_id": [one.class_id for one in predictions],
+    }
+    if (terms := asked.terms) is None:
+        return fields
+    if "prediction_set" in terms.outputs:
+        sets = [one.prediction_set for one in predictions if one.prediction_set is not None]
+        fields |= {"coverage": terms.coverage, "prediction_set": [one.nonzero()[0].tolist() for one in sets]}
+    if "abstain" in terms.outputs:
+        fields |= {"max_risk": terms.max_risk, "abstain": [one.abstain for one in predictions]}
+    if "shift_score" in terms.outputs:
+        fields["shift_score"] = [round(one.shift_score, 4) for one in predictions if one.shift_score is not None]
+    return fields
 
 
 def _stages(job: Job[Prediction], predictions: Sequence[Prediction], starts: list[int], shift: int) -> Iterator[Stage]:

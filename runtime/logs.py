@@ -13,7 +13,7 @@ import sys
 from datetime import datetime, timezone
 from typing import Any, Literal
 
-Value = str | int | float
+Value = str | int | float | list[Any]
 ID_LENGTH = 128
 """Characters of a client's request id that are kept."""
 

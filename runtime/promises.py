@@ -40,6 +40,10 @@ class Terms(NamedTuple):
     """Confidence at which an answer is given: -inf gives all, inf none."""
     outputs: Collection[str] = PROMISED
     """Those of PROMISED that are asked for."""
+    coverage: float | None = None
+    """What is promised: as the request named it, or the bundle's own."""
+    max_risk: float | None = None
+    """Likewise; None where nothing is abstained from."""
 
 
 def terms(
@@ -74,7 +78,14 @@ def terms(
     else:
         usable = own.least[: bisect_right(found.risks, found.max_risk)]
         least = next((one for one in reversed(usable) if one is not None), inf)
-    return Terms(own.lac[level] if found.score == "lac" else own.raps[level], own.confidence, least, outputs)
+    return Terms(
+        own.lac[level] if found.score == "lac" else own.raps[level],
+        own.confidence,
+        least,
+        outputs,
+        found.coverage if coverage is None else coverage,
+        found.max_risk if max_risk is None else max_risk,
+    )
 
 
 def number(name: str, value: object) -> float:

@@ -225,7 +225,7 @@ def test_defaults() -> None:
     m = manifest()
     assert m.guarantees is not None
     own = m.guarantees.routers["robust"]
-    assert terms(m, "robust") == (own.lac[1], own.confidence, own.least[3], PROMISED)
+    assert terms(m, "robust") == (own.lac[1], own.confidence, own.least[3], PROMISED, 0.9, 0.2)
     assert terms(m) == terms(m, "blend") != terms(m, "robust")
     # certified for no level up to the bundle's own, which is then kept by giving no answer
     strict = manifest(max_risk=0.01)
