@@ -37,6 +37,23 @@ class Spread:
 
 
 @dataclass(frozen=True)
+class Drift:
+    """What the server says of its pictures beside the calibration pictures."""
+
+    alarm: bool
+    alarms: int
+    """Since the server started."""
+    evidence: float
+    """log10."""
+    limit: float
+    """Of the evidence: there the alarm is raised."""
+    pictures: int
+    """In the window."""
+    stability: dict[str, float]
+    """Population stability index by statistic; empty before the window is full."""
+
+
+@dataclass(frozen=True)
 class Model:
     """One model and version."""
 
@@ -63,6 +80,8 @@ class Model:
     mutual_information: dict[str, Spread]
     divergence: Spread | None
     """Clean from robust; None where the model has not both."""
+    drift: Drift | None = None
+    """None where the bundle has nothing to compare with."""
 
 
 @dataclass(frozen=True)
@@ -148,6 +167,20 @@ def _model(window: Window, after: Scrape, engine: dict[str, str]) -> Model:
         predictive_entropy={h: _spread(window, "trivium_predictive_entropy_nats", **key, head=h) for h in heads},
         mutual_information={h: _spread(window, "trivium_mutual_information_nats", **key, head=h) for h in heads},
         divergence=_spread(window, divergence, **key) if any(after.select(f"{divergence}_count", **key)) else None,
+        drift=_drift(after, key),
+    )
+
+
+def _drift(after: Scrape, key: dict[str, str]) -> Drift | None:
+    if not any(after.select("trivium_drift_alarm", **key)):
+        return None
+    return Drift(
+        alarm=after.total("trivium_drift_alarm", **key) == 1,
+        alarms=int(after.total("trivium_drift_alarms_total", **key)),
+        evidence=after.total("trivium_drift_evidence", **key),
+        limit=after.total("trivium_drift_evidence_limit", **key),
+        pictures=int(after.total("trivium_drift_window_pictures", **key)),
+        stability={labels["statistic"]: value for labels, value in after.select("trivium_drift_psi", **key)},
     )
 
 

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from .top import Frame, Model
+    from .top import Drift, Frame, Model
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 EIGHTHS = " ▏▎▍▌▋▊▉"
@@ -30,7 +30,10 @@ def render(frame: Frame, rates: list[float], width: int = WIDE, height: int | No
         rates: requests per second of the frames so far.
     """
     wide = width >= WIDE
-    lines = 7 + sum(4 + max(len(outcomes(one)) + 8, 3 * len(one.head_share) + 5) for one in frame.models)
+    lines = 7 + sum(
+        4 + max(len(outcomes(one)) + 8, 3 * len(one.head_share) + 5) + 2 * (one.drift is not None)
+        for one in frame.models
+    )
     fits = height is None or (wide and lines <= height)
     models = [_model(model, wide) for model in frame.models] if fits else [_short(frame.models)]
     return Group(_head(frame), _server(frame, rates), *models)
@@ -106,12 +109,30 @@ def _model(model: Model, wide: bool) -> RenderableType:
         body.add_row(Group(*left), Group(*right))
     else:
         body.add_row(Group(*left, "", *right))
+    rows: list[RenderableType] = [body] if model.drift is None else [body, "", _drift(model.drift)]
     title = Text.assemble((f" {model.name} ", "bold"), (f"version {model.version} ", ""))
     subtitle = Text(f" {model.kernels} kernels on {model.device} ", "dim")
     return Panel(
-        body, title=title, title_align="left", subtitle=subtitle, subtitle_align="right", box=box.ROUNDED,
+        Group(*rows), title=title, title_align="left", subtitle=subtitle, subtitle_align="right", box=box.ROUNDED,
         border_style="dim",
     )  # fmt: skip
+
+
+def _drift(drift: Drift) -> RenderableType:
+    """One line: the alarm, the evidence beside its limit, and the statistics that moved most."""
+    state = Text("● pictures unlike the calibration's", "bold red") if drift.alarm else Text("● none", "green")
+    moved = sorted(((value, name) for name, value in drift.stability.items()), reverse=True)
+    told = ", ".join(f"{name.replace('_', ' ')} {value:.2f}" for value, name in moved)
+    line = Text.assemble(
+        ("drift ", "dim"),
+        state,
+        ("   evidence ", "dim"),
+        f"10^{drift.evidence:.1f} of 10^{drift.limit:.1f}",
+        ("   stability index ", "dim"),
+        told or f"{drift.pictures} pictures so far",
+    )
+    line.no_wrap, line.overflow = True, "ellipsis"
+    return line
 
 
 def _outcomes(model: Model) -> RenderableType:
@@ -194,7 +215,7 @@ def _short(models: list[Model]) -> RenderableType:
         total = model.stage_seconds["total"]
         shares = sorted(((share, head) for head, share in model.head_share.items() if share), reverse=True)
         table.add_row(
-            f"{model.name}/{model.version}",
+            Text(f"{model.name}/{model.version}", "bold red" if model.drift and model.drift.alarm else ""),
             _number(good),
             *(_milliseconds(value) for value in (total.p50, total.p99)),
             *(Text(_number(rate), "yellow" if rate else "dim") for rate in (shed, late, sum(one[1] for one in others))),

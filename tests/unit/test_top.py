@@ -128,6 +128,34 @@ def test_a_frame_shows_what_matters(two: Frame) -> None:
         assert re.search(pattern, text), pattern
 
 
+def test_drift_is_shown_where_the_server_watches_it(two: Frame) -> None:
+    assert two.models[0].drift is None
+    assert "drift" not in shown(top_view.render(two, [1.0]))
+
+    def watched(alarm: int, **stability: float) -> Frame:
+        samples = server(12, 300).samples
+        found = Samples()
+        found.samples = samples
+        found.set("trivium_drift_alarm", alarm, **MODEL).set("trivium_drift_alarms_total", 2, **MODEL)
+        found.set("trivium_drift_evidence", 1.25, **MODEL).set("trivium_drift_evidence_limit", 4.6, **MODEL)
+        found.set("trivium_drift_window_pictures", 500, **MODEL)
+        for name, value in stability.items():
+            found.set("trivium_drift_psi", value, **MODEL, statistic=name)
+        return frame("h:1", server(10, 100), found.at(12))
+
+    early = watched(0)
+    assert early.models[0].drift is not None
+    assert (early.models[0].drift.alarm, early.models[0].drift.alarms) == (False, 2)
+    assert re.search(r"drift ● none   evidence 10\^1\.2 of 10\^4\.6   stability index 500 pictures so far", shown(
+        top_view.render(early, [1.0])
+    ))  # fmt: skip
+    late = watched(1, energy=0.4, class_id=0.5)
+    text = shown(top_view.render(late, [1.0]))
+    assert "pictures unlike the calibration's" in text
+    assert "class id 0.50, energy 0.40" in text
+    assert len(shown(top_view.render(late, [1.0], 120, 24)).splitlines()) <= 24
+
+
 @pytest.mark.parametrize("models", [1, 9])
 @pytest.mark.parametrize("width", [80, 120])
 def test_a_small_screen_holds_every_model(two: Frame, models: int, width: int) -> None:
