@@ -27,6 +27,8 @@ case "$hosts" in *:*) restarts=3 ;; *) restarts=0 ;; esac
 case " $* " in *" --out "* | *" --out="*) ;; *) echo "hosts.sh: --out DIR is missing, a directory that all hosts share" >&2; exit 2 ;; esac
 
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+# torchrun's hosts would share a store that those who come later are never told of
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 exec "${PYTHON:-python3}" -m torch.distributed.run \
     --nnodes "$hosts" --nproc-per-node "$processes" --max-restarts "${RESTARTS:-$restarts}" \
     --rdzv-backend c10d --rdzv-endpoint "$endpoint" --rdzv-id "${RUN_ID:-trivium}" \

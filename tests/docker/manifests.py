@@ -42,7 +42,10 @@ WORDS = {
     "limits": QUANTITIES,
 }
 """Keys of maps whose keys no schema lists."""
-VARIABLES = {PREFIX + name.upper() for name in Settings.model_fields} | {"OMP_NUM_THREADS"}
+VARIABLES = {PREFIX + name.upper() for name in Settings.model_fields} | {
+    "OMP_NUM_THREADS",
+    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE",
+}
 
 
 def faults(document: Document) -> Iterator[str]:

@@ -67,7 +67,13 @@ def application(tiny_bundle: Path) -> Iterator[str]:
         with socket.socket() as one:
             one.bind(("127.0.0.1", 0))
             ports.append(str(one.getsockname()[1]))
-    environment = os.environ | {"PYTHONPATH": str(RAY), "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+    environment = os.environ | {
+        "PYTHONPATH": str(RAY),
+        "OMP_NUM_THREADS": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        # on a busy machine Ray ends proxies that take longer than its 5 s to start, again and again
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+    }
     words = [sys.executable, "-c", START, str(tiny_bundle), *ports]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=environment, cwd=RAY)
     try:
