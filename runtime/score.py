@@ -22,8 +22,8 @@ from .scoring.inputs import Input, open_input
 from .scoring.parts import Parts, ScoredBundle, chunks
 from .scoring.scorer import Chunk, Scored, Task
 
-CHUNK = 16
-"""Pictures that a process takes at a time."""
+CHUNK = {"processes": 16, "ray": 64}
+"""Pictures that a process or an actor takes at a time; Ray does more about each."""
 
 
 def main() -> None:
@@ -40,7 +40,9 @@ def main() -> None:
         left = sum(map(len, missing))
         if left < len(pictures):
             console.print(f"{len(pictures) - left} of {len(pictures)} pictures were scored before")
-        work = (Chunk(rows.start, pictures.rows(rows.start, rows.stop)) for rows in chunks(missing, CHUNK))
+        work = (
+            Chunk(rows.start, pictures.rows(rows.start, rows.stop)) for rows in chunks(missing, CHUNK[arguments.engine])
+        )
         task = Task(
             str(bundle.path.absolute()), described.digest, described.router, described.coverage, described.max_risk
         )

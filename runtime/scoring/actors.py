@@ -46,7 +46,9 @@ def connect(ray: Any) -> int:
     Raises: ServerError where there is no cluster.
     """
     # a cluster has counted its cores; Ray itself would count those of the machine instead of the cgroup's
-    own = {} if "RAY_ADDRESS" in os.environ else {"num_cpus": usable_cpus(), "include_dashboard": False}
+    own: dict[str, Any] = {}
+    if "RAY_ADDRESS" not in os.environ:
+        own = {"address": "local", "num_cpus": usable_cpus(), "include_dashboard": False}
     try:
         ray.init(ignore_reinit_error=True, logging_level="error", log_to_driver=False, **own)
     except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:

@@ -261,6 +261,8 @@ def test_damaged_models_are_refused_by_name(tmp_path: Path) -> None:
         (root / name).write_text("{")
         with pytest.raises(error, match=name):
             open_subject(str(root))
+    with pytest.raises(ConfigError, match="only a bundle runs on Ray"):
+        open_subject(str(root), engine="ray")
 
 
 def test_a_bundle_subject_answers_as_the_engine_does(tiny_bundle: Path, some_pictures: np.ndarray) -> None:

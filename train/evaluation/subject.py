@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,9 @@ from ..calibration.comparison import provisional
 from ..calibration.observe import Observer
 from ..checkpoint import CHECKPOINT, load_student
 from ..data.pictures import load_described
+
+if TYPE_CHECKING:
+    from trivium.runtime.scoring.actors import ActorEngine
 
 Probabilities = NDArray[np.float32]
 
@@ -46,15 +49,25 @@ class Subject(Protocol):
 
 
 class BundleSubject:
-    """A bundle; what stands for the original is its default router's answer."""
+    """A bundle; what stands for the original is its default router's answer.
+
+    Args:
+        engine: "ray" runs it in actors on Ray's cluster.
+    """
 
     kind: Literal["bundle", "checkpoint"] = "bundle"
     original_is: str | None = None
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, engine: Literal["local", "ray"] = "local") -> None:
         bundle = open_bundle(path)
         self.path, self.manifest = path, bundle.manifest
-        self._engine = Engine(bundle, threads=usable_cpus())
+        self._engine: Engine | ActorEngine
+        if engine == "ray":
+            from trivium.runtime.scoring.actors import ActorEngine
+
+            self._engine = ActorEngine(path)
+        else:
+            self._engine = Engine(bundle, threads=usable_cpus())
 
     def answer(self, images: NDArray[np.uint8]) -> tuple[HeadStatistics, Probabilities | None]:
         return self._engine.run_batch(images), None
@@ -109,19 +122,27 @@ class CheckpointSubject:
 
 
 def open_subject(
-    path: str, *, as_original: bool = False, progress: Callable[[int, int], None] | None = None
+    path: str,
+    *,
+    as_original: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+    engine: Literal["local", "ray"] = "local",
 ) -> BundleSubject | CheckpointSubject:
     """A bundle or a checkpoint, told apart by the file that names it.
 
     Args:
         as_original: only its answers as an original classifier are wanted, so nothing is calibrated.
         progress: of a checkpoint's calibration, told (pictures done, pictures in all).
+        engine: of a bundle.
 
-    Raises: ConfigError where the path is neither; BundleError and CheckpointError where it is damaged.
+    Raises: ConfigError where the path is neither, or a checkpoint that is to run on Ray; BundleError and
+        CheckpointError where it is damaged; MissingExtra.
     """
     root = Path(path)
     if (root / CHECKPOINT).exists() and not (root / MANIFEST).exists():
+        if engine == "ray":
+            raise ConfigError(f"{path}: a checkpoint; only a bundle runs on Ray: export it first")
         return CheckpointSubject(os.fspath(path), as_original=as_original, progress=progress)
     if (root / MANIFEST).exists():
-        return BundleSubject(os.fspath(path))
+        return BundleSubject(os.fspath(path), engine)
     raise ConfigError(f"{path}: neither a bundle ({MANIFEST}) nor a checkpoint ({CHECKPOINT}) is there")
