@@ -56,7 +56,7 @@ def main() -> None:
     threat = parse_threat(given.attack) if given.attack else None
     attacks, curve = parse_attacks(given.attacks), [parse_eps(text) for text in given.eps_curve.split(",") if text]
     with bar(console, "calibrating") as progress:
-        subject: Subject = open_subject(given.model, progress=progress)
+        subject: Subject = open_subject(given.model, progress=progress, engine=given.engine)
     if threat is not None:
         system = open_system(subject)
         choose_answerers(system, given.attack_answerers)  # a mistake is told before hours of work
@@ -131,6 +131,11 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="test pictures to corrupt, drawn by seed (default: all); clean figures are always of all",
     )
+    p.add_argument(
+        "--engine", choices=["local", "ray"], default="local",
+        help="where a bundle answers: in this process, or in actors of Ray on the cluster that RAY_ADDRESS names; "
+        "views are made here (default: local)",
+    )  # fmt: skip
     p.add_argument("--seed", type=int, default=0, help="of the choice of pictures and of the corruptions (default: 0)")
     p.add_argument(
         "--leave-out", nargs="+", default=[], metavar="CORRUPTION",
