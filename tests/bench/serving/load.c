@@ -3,12 +3,13 @@
 // Written in C because clients and server share the machine's cores: what the client burns, the server does not get.
 // A request costs it some tens of microseconds, nearly all of them the kernel's, and the same for every server.
 //
-//   load HOST PORT grpc|http PATH CONTENT_TYPE BODY CONNECTIONS STREAMS SECONDS RATE fixed|poisson LATENCIES ANSWER
+//   load HOST PORT grpc|http PATH CONTENT_TYPE BODY CONNECTIONS STREAMS SECONDS RATE fixed|poisson SEED LATENCIES ANSWER
 //
 // RATE 0 is a closed loop: each of CONNECTIONS * STREAMS clients asks again when it has its answer. Otherwise requests
 // start RATE times a second whatever the server does, and latency counts from the moment a request was meant to start,
-// so that a server that stalls cannot hide the requests it kept from starting. LATENCIES receives float64 seconds of
-// every answered request, ANSWER the body of the first answer; standard output one line of JSON.
+// so that a server that stalls cannot hide the requests it kept from starting; SEED is of the moments that are random.
+// LATENCIES receives float64 seconds of every answered request, ANSWER the body of the first answer; standard output
+// one line of JSON.
 //
 // Of HTTP/2 (RFC 9113) it knows what a gRPC server says to a client that keeps the rules: flow control, SETTINGS and
 // PING. Its dynamic header table is told to be empty, so trailers are literals, and grpc-status can be read in them.
@@ -446,12 +447,13 @@ static void run(double seconds) {
 }
 
 int main(int count, char **argument) {
-    if (count != 14) die("usage: load HOST PORT grpc|http PATH CONTENT_TYPE BODY CONNECTIONS STREAMS SECONDS RATE "
-                         "fixed|poisson LATENCIES ANSWER");
+    if (count != 15) die("usage: load HOST PORT grpc|http PATH CONTENT_TYPE BODY CONNECTIONS STREAMS SECONDS RATE "
+                         "fixed|poisson SEED LATENCIES ANSWER");
     is_grpc = strcmp(argument[3], "grpc") == 0;
     connections = atoi(argument[7]), streams_each = is_grpc ? atoi(argument[8]) : 1;
     double seconds = atof(argument[9]);
     rate = atof(argument[10]), closed_loop = rate <= 0, poisson = strcmp(argument[11], "poisson") == 0;
+    srand48(atol(argument[12]));
     if (connections < 1 || streams_each < 1 || seconds <= 0) die("CONNECTIONS, STREAMS and SECONDS must be positive");
     read_body(argument[6]);
     prepare(argument[1], argument[2], argument[4], argument[5]);
@@ -463,11 +465,11 @@ int main(int count, char **argument) {
     idle_connection = calloc((size_t)(connections * streams_each), sizeof *idle_connection);
     wait_capacity = (size_t)(rate * seconds * 2) + 1024;
     waiting = calloc(wait_capacity, sizeof *waiting);
-    if (!(answer_file = fopen(argument[13], "wb"))) die("%s: %s", argument[13], strerror(errno));
+    if (!(answer_file = fopen(argument[14], "wb"))) die("%s: %s", argument[14], strerror(errno));
     for (int i = 0; i < connections; i++) open_connection(&all[i], argument[1], argument[2]);
     run(seconds);
-    FILE *file = fopen(argument[12], "wb");
+    FILE *file = fopen(argument[13], "wb");
     if (!file || fwrite(latencies, sizeof *latencies, answered, file) != answered || fclose(file))
-        die("%s: cannot be written", argument[12]);
+        die("%s: cannot be written", argument[13]);
     return 0;
 }

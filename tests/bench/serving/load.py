@@ -78,6 +78,7 @@ def run(
     streams: int = 1,
     rate: float = 0.0,
     poisson: bool = True,
+    seed: int = 0,
 ) -> Load:
     """Load one server for some seconds.
 
@@ -87,13 +88,14 @@ def run(
             waits, and its latency counts from then.
         rate: requests a second of an open loop; 0 is a closed one.
         poisson: whether they come at random, or evenly.
+        seed: of the random ones; the same seed gives the same moments.
 
     Raises: LoadFailed where the server closed a connection, left requests without an answer, or answered none.
     """
     with tempfile.TemporaryDirectory() as directory:
         latencies, answer = Path(directory, "latencies"), Path(directory, "answer")
         command = [program, target.host, target.port, target.protocol, target.path, target.content_type, target.body]
-        command += [connections, streams, seconds, rate, "poisson" if poisson else "fixed", latencies, answer]
+        command += [connections, streams, seconds, rate, "poisson" if poisson else "fixed", seed, latencies, answer]
         result = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
         if result.returncode:
             raise LoadFailed(result.stderr.strip())
