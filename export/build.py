@@ -19,7 +19,10 @@ from rich.table import Table
 from trivium.runtime.bundle import Bundle, Calibration, Manifest, Quantization, RouterSettings, seal
 from trivium.runtime.engine import Engine
 from trivium.runtime.errors import ConfigError
-from trivium.train.calibration.calibrate import calibrate
+from trivium.runtime.predictor import Predictor
+from trivium.train.calibration.calibrate import calibrate, describe, drawn
+from trivium.train.guarantees.calibrate import Settings, calibrate_bundle, least_in_all
+from trivium.train.guarantees.summary import show
 
 from . import drift, pack, parity, quantize, tensorrt, triton
 from .half import half_precision
@@ -45,7 +48,8 @@ def build(source: Source, plan: Plan, console: Console) -> Result:
         backbone = export_backbone(source.classifier, source.preprocessing)
         if source.pictures is not None:
             begin("calibrate")
-        settings, calibration = calibrated(source, plan.router, plan.calibration_pictures, console)
+        fitted, kept = plan.parts(source)
+        settings, calibration = calibrated(source, plan.router, fitted, console)
         begin("heads")
         manifest = manifest_of(source, plan.name or source.name, plan.version, settings, calibration)
         temperature = calibration.temperature if calibration else dict.fromkeys(heads, 1.0)
@@ -66,7 +70,17 @@ def build(source: Source, plan: Plan, console: Console) -> Result:
             drift.check(drifted, plan.max_drop)
             update = {"precision": plan.precision, "quantization": quantization, "drift": drifted.document()}
             manifest = manifest.model_copy(update=update)
-            rows += parity.fused(changed, pack.write(root, changed, manifest), images, plan.precision)
+            draft = pack.write(root, changed, manifest)
+            rows += parity.fused(changed, draft, images, plan.precision)
+        if kept:
+            begin("guarantee")
+            manifest = promised(source, draft, fitted, kept, console)
+        elif source.pictures is not None:
+            least = least_in_all(Settings().coverages[-1])
+            console.print(
+                f"no guarantees: they need {least} calibration pictures beside at least as many for the router; "
+                "trivium calibrate finds them on other pictures"
+            )
         if plan.fold_router:
             begin("fold")
             changed = fold_router(changed or model, manifest, "float32" if plan.tensorrt else "float64")
@@ -150,6 +164,26 @@ def calibrated(
     console.print(calibration_table(calibration))
     console.print(f"router {settings.default}: {calibration.chosen_because}")
     return settings, calibration
+
+
+def promised(source: Source, draft: Bundle, fitted: int, kept: int, console: Console) -> Manifest:
+    """The draft's manifest with what may be promised of its answers, found on the pictures that its temperatures and
+    router were not fitted on."""
+    assert source.pictures is not None
+    assert draft.manifest.calibration is not None
+    order = drawn(len(source.pictures), draft.manifest.calibration.seed)[fitted:]
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("looking", total=None)
+        found = calibrate_bundle(
+            Predictor(draft, Engine(draft)),
+            source.pictures,
+            Settings(data=describe(source.pictures)),
+            limit=kept,
+            order=order,
+            progress=lambda done, total: progress.update(task, completed=done, total=total),
+        )
+    show(found, console)
+    return found.manifest
 
 
 def calibration_table(calibration: Calibration) -> Table:

@@ -242,7 +242,11 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--json", action="store_true", help="what was made, for machines; all other words go to stderr")
     group = parser.add_argument_group("from a checkpoint")
     group.add_argument(
-        "--calibration-pictures", type=positive, default=5000, metavar="N", help="at most (default 5000)"
+        "--calibration-pictures",
+        type=positive,
+        default=5000,
+        metavar="N",
+        help="at most, for temperatures and router, and for guarantees as many others (default 5000)",
     )
     group.add_argument(
         "--data", type=Path, metavar="DIR", help="where the pictures lie now, if they moved since training"

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from trivium.runtime.errors import ConfigError
 from trivium.runtime.tensorrt import library_version
+from trivium.train.guarantees.calibrate import Settings, least_in_all
 
 from .pack import refuse_existing
 from .source import Source
@@ -16,6 +17,8 @@ Target = Literal["onnx", "triton", "tensorrt"]
 Precision = Literal["fp32", "fp16", "int8"]
 TARGETS: tuple[Target, ...] = ("onnx", "triton", "tensorrt")
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8")
+GUARANTEE_PICTURES = 2000
+"""That are kept from temperatures and router, if these are no more than half."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class Plan:
     router: str | None = None
     """None leaves the choice to the calibration (where there is none: combined, or else the first head)."""
     calibration_pictures: int = 5000
-    """Used at most for temperatures and router."""
+    """Used at most for temperatures and router, and as many others for guarantees."""
     force: bool = False
     """Replace the bundle that is there."""
     targets: tuple[Target, ...] = ("onnx",)
@@ -69,15 +72,26 @@ class Plan:
         if self.tensorrt:
             library_version()
 
+    def parts(self, source: Source) -> tuple[int, int]:
+        """Calibration pictures for temperatures and router, and how many others are kept from these for guarantees: up
+        to half of them; none where those would be too few."""
+        if source.pictures is None:
+            return 0, 0
+        count, most = len(source.pictures), self.calibration_pictures
+        kept = min(max(min(count // 2, GUARANTEE_PICTURES), count - most), most)
+        if kept < least_in_all(Settings().coverages[-1]):
+            kept = 0
+        return min(count - kept, most), kept
+
     def steps(self, source: Source) -> dict[str, str]:
         """What will be done, in this order."""
         name, dropout = self.name or source.name, source.dropout
         size = f"{source.preprocessing.height} x {source.preprocessing.width}"
         heads = ", ".join(source.classifier.head_names)
         result = {"backbone": f"compile {name} for uint8 pictures of {size}: {len(source.classes)} classes"}
-        if source.pictures is not None:
-            count = min(len(source.pictures), self.calibration_pictures)
-            result["calibrate"] = f"calibrate temperatures and router on {count} pictures"
+        fitted, kept = self.parts(source)
+        if fitted:
+            result["calibrate"] = f"calibrate temperatures and router on {fitted} pictures"
         result["heads"] = f"append heads {heads} with {dropout.passes} passes of dropout {dropout.rate:g}"
         result["parity"] = "compare the implementations"
         if self.precision == "fp16":
@@ -85,6 +99,8 @@ class Plan:
         elif self.precision == "int8":
             where = self.calibration or "calibration"
             result["precision"] = f"quantise the backbone to int8 on {where} pictures and measure what that changes"
+        if kept:
+            result["guarantee"] = f"find on {kept} other pictures what may be promised of the answers"
         if self.fold_router:
             result["fold"] = "fold the default router into the graph and compare it with NumPy's"
         if self.tensorrt:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import stat
+import tempfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -17,7 +18,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from .errors import DigestMismatch, ExtraFile, ManifestError, MissingFile, UnknownSchema, UnsafePath
+from .errors import ConfigError, DigestMismatch, ExtraFile, ManifestError, MissingFile, UnknownSchema, UnsafePath
 from .guarantees import Guarantees, ShiftDetector
 from .values import Finite, Label, Name, Positive, Share, Strict
 from .weights import external_files
@@ -398,9 +399,38 @@ def seal(root: Path, manifest: Manifest) -> Bundle:
     paths = sorted(p for p in root.rglob("*") if p.is_file() and p.relative_to(root).as_posix() != MANIFEST)
     files = [File(path=p.relative_to(root).as_posix(), size=p.stat().st_size, sha256=digest(p)) for p in paths]
     document = manifest.model_dump(mode="json") | {"files": [file.model_dump() for file in files]}
-    text = json.dumps(Manifest.model_validate(document).model_dump(mode="json"), indent=2, ensure_ascii=False)
-    (root / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    (root / MANIFEST).write_bytes(_encoded(Manifest.model_validate(document)))
     return open_bundle(root)
+
+
+def rewrite_manifest(root: Path, manifest: Manifest) -> Bundle:
+    """Put another manifest into a bundle whose files stay as they are, and verify.
+
+    A kill at any moment leaves the old manifest or the new one, whole. The new one comes to be beside the bundle's
+    directory, since a further file in it would make it no bundle.
+
+    Raises: ConfigError where it cannot be written; BundleError where the bundle does not fit it.
+    """
+    place = root.resolve()
+    draft = None
+    try:
+        with tempfile.NamedTemporaryFile(dir=place.parent, prefix=f".{place.name}.manifest-", delete=False) as file:
+            draft = Path(file.name)
+            file.write(_encoded(manifest))
+            file.flush()
+            os.fsync(file.fileno())
+        draft.chmod(stat.S_IMODE((place / MANIFEST).stat().st_mode))
+        os.replace(draft, place / MANIFEST)
+    except OSError as error:
+        raise ConfigError(f"{root}: its {MANIFEST} cannot be rewritten ({error.strerror})") from None
+    finally:
+        if draft is not None:
+            draft.unlink(missing_ok=True)
+    return open_bundle(root)
+
+
+def _encoded(manifest: Manifest) -> bytes:
+    return (json.dumps(manifest.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def digest(path: Path) -> str:

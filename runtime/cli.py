@@ -15,6 +15,7 @@ COMMANDS = {
     "evaluate": ("train,eval", "accuracy, robustness, calibration and flips of a checkpoint or bundle"),
     "report": ("train,eval", "finished evaluations compared: mean and spread, cost, attacks, one page"),
     "study": ("train,eval", "many ways of training over seeds, as rows of one table"),
+    "calibrate": ("train,eval,cpu", "find what may be promised of a bundle's answers"),
     "export": ("export,cpu", "compile a checkpoint or a timm model into a bundle"),
     "bundle": ("cpu", "show or verify a bundle"),
     "serve": ("cpu", "serve bundles over gRPC"),

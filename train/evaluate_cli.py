@@ -7,17 +7,15 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from trivium.runtime.bundle import Preprocessing
 from trivium.runtime.errors import ConfigError
 
-from .data.pictures import Pictures, load_described, load_pictures, parse_spec
+from .data.pictures import Pictures, load_described, load_pictures, load_same, parse_spec
 from .data.shift_sets import ShiftSet, beside, open_shift
 from .evaluation.adversarial import (
     ATTACKS,
@@ -222,22 +220,11 @@ def test_pictures(data: str | None, subject: Subject, original: Subject | None, 
                 return load_described(record, "test", preprocessing)
         raise ConfigError("the model's record does not say where its data lies: name it with --data")
     record = subject.data_record()
-    trained_on = same_data(record, data, preprocessing) if record else None
+    trained_on = load_same(record, data, "test", preprocessing) if record else None
     if trained_on is not None:
         return trained_on
     console.print(f"data: {data} is not what the model was trained on; its own test split is used", highlight=False)
     return load_pictures(parse_spec(data), "test", preprocessing)
-
-
-def same_data(record: dict[str, Any], data: str, preprocessing: Preprocessing) -> Pictures | None:
-    """The test split of the training's data where --data names that very data, so that both splits agree."""
-    spec = parse_spec(data)
-    if spec.kind != record["spec"].get("kind"):
-        return None
-    try:
-        return load_described(record, "test", preprocessing, root=spec.root)
-    except ConfigError:
-        return None
 
 
 def show(results: Results, console: Console) -> None:

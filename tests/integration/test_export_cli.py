@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,10 +17,11 @@ from onnx import numpy_helper
 from safetensors.torch import save_file
 
 from trivium.export.pack import golden_pictures
-from trivium.runtime.bundle import digest, open_bundle
+from trivium.runtime.bundle import Preprocessing, digest, open_bundle
 from trivium.runtime.cli import main
 from trivium.runtime.engine import Engine
-from trivium.train.checkpoint import load_student
+from trivium.train.checkpoint import CHECKPOINT, load_student
+from trivium.train.data.pictures import DataSpec, load_pictures
 from trivium.train.models.mc import predict
 
 HEADS = ("clean", "robust", "combined")
@@ -58,6 +60,8 @@ def test_a_checkpoint_becomes_a_bundle_twice_the_same(run: Run, checkpoint: Path
     assert (manifest.name, manifest.heads, manifest.dropout.passes) == ("digits-3", list(HEADS), 8)
     assert manifest.calibration is not None
     assert manifest.calibration.pictures == 60
+    assert manifest.guarantees is None
+    assert "no guarantees: they need 131 calibration pictures" in out
     compared = {row["router"] for row in manifest.calibration.routers if not row["control"]}
     assert compared == {*HEADS, "mean", "min_entropy", "paper", "blend", "gate"}
     assert manifest.router.paper is not None
@@ -74,6 +78,40 @@ def test_a_checkpoint_becomes_a_bundle_twice_the_same(run: Run, checkpoint: Path
     expected, _ = predict(student, iter([batch]), manifest.preprocessing, manifest.dropout, temperature)
     for a, b in zip(Engine(bundle, kernels="off").run(images), expected, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+def test_an_export_promises_on_pictures_that_its_router_was_not_fitted_on(
+    run: Run, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
+    more = Path(shutil.copytree(checkpoint, tmp_path / "student"))
+    document = json.loads((more / CHECKPOINT).read_text())
+    settings = Preprocessing.model_validate(document["preprocessing"])
+    data = load_pictures(DataSpec(kind="digits", calibration=0.2), "calibration", settings).describe()
+    (more / CHECKPOINT).write_text(json.dumps(document | {"data": data}))
+    assert data["counts"]["calibration"] == 359
+
+    status, out, err = run(more, tmp_path / "bundle")
+    assert (status, err) == (0, "")
+    assert "calibrate temperatures and router on 180 pictures" in out
+    assert "find on 179 other pictures what may be promised" in out
+    assert "not certified" in out
+    manifest = open_bundle(tmp_path / "bundle").manifest
+    assert manifest.calibration is not None
+    assert manifest.calibration.pictures == 180
+    guarantees = manifest.guarantees
+    assert guarantees is not None
+    assert (guarantees.tuning_pictures, guarantees.pictures) == (44, 135)
+    assert list(guarantees.routers) == manifest.routers()
+    assert guarantees.date == "2023-11-14"
+    assert "calibration split" in guarantees.data
+
+    # the same by hand, on what the export left of the split, finds the same
+    monkeypatch.setattr(
+        "sys.argv", ["trivium", "calibrate", str(tmp_path / "bundle"), "--out", str(tmp_path / "again")]
+    )
+    main()
+    assert open_bundle(tmp_path / "again").manifest.guarantees == guarantees
 
 
 def test_head_weights_are_rounded_to_bfloat16_and_the_table_says_what_that_changes(

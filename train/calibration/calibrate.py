@@ -90,7 +90,7 @@ def calibrate(
     Returns: the router's settings, and the record, whose temperatures belong into the graph.
     Raises: ConfigError where there are fewer than 30 pictures, or the router asked for does not exist.
     """
-    order = np.random.Generator(np.random.Philox(seed)).permutation(len(pictures))[:limit]
+    order = drawn(len(pictures), seed)[:limit]
     if len(order) < LEAST_PICTURES:
         raise ConfigError(f"calibration needs at least {LEAST_PICTURES} pictures, there are {len(order)}")
     observer = Observer(model, pictures.preprocessing, dropout)
@@ -129,6 +129,11 @@ def calibrate(
         routers=[candidate.row() for candidate in candidates],
         chosen_because=why,
     )
+
+
+def drawn(count: int, seed: int) -> NDArray[np.int64]:
+    """The order in which so many calibration pictures are used; what comes after a record's `pictures` was not seen."""
+    return np.random.Generator(np.random.Philox(seed)).permutation(count)
 
 
 def look_at_views(

@@ -279,6 +279,32 @@ def load_described(
     return pictures
 
 
+def load_same(description: dict[str, Any], data: str, split: Split, preprocessing: Preprocessing) -> Pictures | None:
+    """One split of what a checkpoint describes, where `data`, as parse_spec reads it, is that very data, so that its
+    splits are those of the training; None where it is other data."""
+    spec = parse_spec(data)
+    if spec.kind != description["spec"].get("kind"):
+        return None
+    try:
+        return load_described(description, split, preprocessing, root=spec.root)
+    except ConfigError:
+        return None
+
+
+def load_whole(spec: DataSpec, preprocessing: Preprocessing) -> Pictures:
+    """All pictures of a data set as one split, which is called test.
+
+    Raises: ConfigError, as load_pictures.
+    """
+    source, parts = open_splits(spec)
+    labels = np.concatenate([part.labels for part in parts.values()])
+    if any(isinstance(part.pictures, list) for part in parts.values()):
+        whole = Part([each for part in parts.values() for each in part.pictures], labels)
+    else:
+        whole = Part(np.concatenate([part.pictures for part in parts.values()]), labels)
+    return Pictures(spec, source, parts | {"test": whole}, "test", preprocessing, False)
+
+
 def open_source(spec: DataSpec) -> Source:
     """The source of a spec, its files verified.
 

@@ -25,6 +25,7 @@ from trivium.runtime.router import Routed, route, shift_probability
 
 from ..calibration.observe import CLEAN
 from ..data.pictures import Pictures
+from ..evaluation.tally import labels_for
 from ..sections import NonNegative, Section, Share
 from .conformal import Floats, least_pictures, quantiles
 from .drift_reference import drift_reference
@@ -109,6 +110,7 @@ def calibrate_bundle(
     Raises: ConfigError where the pictures are too few or of other classes, or where the risk asked for cannot be
         certified; EngineError.
     """
+    labels_for(pictures, predictor.manifest.classes)
     available = min(len(pictures) if order is None else len(order), limit or len(pictures))
     check_size(available - tuning_pictures(available), settings)
     views = look(predictor, pictures, settings.mixture, seed=settings.seed, limit=limit, order=order, progress=progress)
@@ -133,8 +135,7 @@ def tuning_pictures(count: int) -> int:
 
 def least_in_all(coverage: float) -> int:
     """The fewest pictures of which the calibration part is enough for this coverage."""
-    wanted = least_pictures(coverage)
-    total = int(wanted / (1 - TUNING_SHARE))
+    total = wanted = least_pictures(coverage)
     while total - tuning_pictures(total) < wanted:
         total += 1
     return total
