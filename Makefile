@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow lint format evaluate bench bench-peers bench-serve bench-serve-peers bench-score gpu-check test-triton test-docker lock test-zoo sanitize soak fuzz wheel clean
+.PHONY: help venv demo test test-slow lint format evaluate bench bench-peers bench-serve bench-serve-peers bench-score simulate gpu-check test-triton test-score test-scale test-docker lock test-zoo sanitize soak fuzz wheel clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -63,6 +63,9 @@ bench-serve-peers: venv  ## the same graph by six other servers, each in an envi
 bench-score: venv  ## offline scoring beside the limit of two engine sessions (build/bench/score.json)
 	$(BIN)/python -m tests.bench.score
 
+simulate: venv  ## four replicas, real and simulated, and what 10,000 requests a second take (docker/CAPACITY.md)
+	$(BIN)/python -m tests.scale.capacity --docs docker
+
 sanitize:  ## the CPU kernels and the HTTP/2 engine under the address and undefined-behaviour sanitizers
 	sh tests/kernels/sanitize.sh
 	sh tests/http2/sanitize.sh
@@ -70,6 +73,15 @@ sanitize:  ## the CPU kernels and the HTTP/2 engine under the address and undefi
 test-triton: venv  ## the exported model repository in a real tritonserver, which is installed into build/triton
 	$(BIN)/python -m tests.triton.server
 	$(BIN)/python -m pytest -m "" tests/triton tests/integration/test_protocol.py
+
+RAY := build/ray
+
+test-score: venv  ## offline scoring killed at random moments, also on Ray, which is installed into build/ray
+	@test -d $(RAY)/ray || $(BIN)/python -m pip install --quiet --no-deps --target $(RAY) 'ray[data]>=2.40,<2.64' msgpack
+	PYTHONPATH=$(RAY) $(BIN)/python -m pytest -m "" --timeout 1200 tests/unit/test_score.py
+
+test-scale: venv  ## replicas killed, drained and frozen under their clients, for a minute, also behind envoy
+	TRIVIUM_SCALE_SECONDS=60 $(BIN)/python -m pytest -s --timeout 600 -m "" tests/scale
 
 test-docker: venv  ## what the images and compose.yaml promise, and their commands carried out without Docker
 	$(BIN)/python -m tests.docker.promtool
