@@ -106,7 +106,9 @@ def _arguments() -> argparse.Namespace:
     local.add_argument("--kernels", choices=["auto", "on", "off"], help="use of the fused kernel (default auto)")
     local.add_argument("--device", choices=["cpu", "cuda"], help="default cpu")
     remote = parser.add_argument_group("with a server")
-    parser.add_argument("--server", metavar="HOST:PORT", help="of its gRPC; several, as a list with commas or a name, take turns")
+    parser.add_argument(
+        "--server", metavar="HOST:PORT", help="of its gRPC; several, as a list with commas or a name, take turns"
+    )
     remote.add_argument("--model", metavar="NAME[/VERSION]", help="needed where it has several, or does not list them")
     remote.add_argument("--timeout", metavar="SECONDS", type=float, help="for each picture (default 30)")
     remote.add_argument("--token-file", metavar="FILE", help="holds a bearer token")
