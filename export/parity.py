@@ -17,13 +17,14 @@ from trivium.kernels import HeadStatistics, mc_heads_ref
 from trivium.runtime.bundle import Bundle, Dropout, Manifest, Preprocessing
 from trivium.runtime.engine import Engine
 from trivium.runtime.errors import ServerError
+from trivium.runtime.promises import abstentions, prediction_sets, terms
 from trivium.runtime.router import route
 from trivium.train.models.mc import Heads, predict
 
 from .graph import IMAGE, OUTPUTS
 from .onnx import FEATURES, masks_of
 from .pack import session
-from .router_graph import ROUTED, folded
+from .router_graph import PROMISED, ROUTED, folded, outputs
 
 BATCH = 8
 """Pictures that torch is asked about at once."""
@@ -37,7 +38,7 @@ FUSED_LIMITS: Limits = {name: 1e-5 if name == "probabilities" else 1e-4 for name
 ROUNDING_LIMITS: Limits = {name: 2e-2 if name == "probabilities" else 1e-1 for name in OUTPUTS}
 """Heads rounded to bfloat16, 8 bits of precision, against the weights as they were, in float64 on the same features."""
 
-ROUTER_LIMITS: Limits = {"routed_probabilities": 1e-6, "class_id": 0.0, "head": 0.0}
+ROUTER_LIMITS: Limits = {"routed_probabilities": 1e-6} | dict.fromkeys(("class_id", "head", *PROMISED), 0.0)
 """The folded router chooses as runtime.router does, or is refused."""
 
 
@@ -107,23 +108,31 @@ def fused(model: onnx.ModelProto, bundle: Bundle, images: NDArray[np.uint8], pre
 
 
 def routed(model: onnx.ModelProto, manifest: Manifest, images: NDArray[np.uint8]) -> list[Difference]:
-    """The folded router against runtime.router on the same statistics: shares of other heads and classes, and the
-    largest difference of a probability.
+    """The folded router against runtime.router on the same statistics: shares of other heads, classes, members of sets
+    and abstentions, and the largest difference of a probability.
 
     Args:
         model: with the folded router.
     """
     compiled = session(model)
-    answers = [compiled.run([*OUTPUTS, *ROUTED], {IMAGE: images[i : i + 1]}) for i in range(len(images))]
-    columns = [np.concatenate(column) for column in zip(*answers, strict=True)]
-    statistics, (probabilities, class_id, head) = HeadStatistics(*columns[: len(OUTPUTS)]), columns[len(OUTPUTS) :]
-    expected, names = route(statistics, manifest), folded(manifest).heads
+    names, record = [*OUTPUTS, *outputs(folded(manifest))], folded(manifest)
+    answers = [compiled.run(names, {IMAGE: images[i : i + 1]}) for i in range(len(images))]
+    columns = dict(zip(names, (np.concatenate(column) for column in zip(*answers, strict=True)), strict=True))
+    statistics = HeadStatistics(*(columns.pop(name) for name in OUTPUTS))
+    probabilities, class_id, head = (columns.pop(name) for name in ROUTED)
+    expected, asked = route(statistics, manifest), terms(manifest)
     found = {
         "routed_probabilities": float(np.max(np.abs(probabilities - expected.probabilities))),
         "class_id": float((class_id != expected.class_id).mean()),
-        "head": float(np.mean([names[i] != name for i, name in zip(head, expected.head, strict=True)])),
+        "head": float(np.mean([record.heads[i] != name for i, name in zip(head, expected.head, strict=True)])),
     }
-    return [Difference("folded router - NumPy", name, found[name], ROUTER_LIMITS[name]) for name in ROUTED]
+    if (guarantees := manifest.guarantees) is not None and asked is not None:
+        promised = {
+            "prediction_set": prediction_sets(expected, guarantees, asked.quantile),
+            "abstain": abstentions(expected, statistics, manifest, asked),
+        }
+        found |= {name: float((column != promised[name]).mean()) for name, column in columns.items()}
+    return [Difference("folded router - NumPy", name, value, ROUTER_LIMITS[name]) for name, value in found.items()]
 
 
 def with_features(model: onnx.ModelProto, images: NDArray[np.uint8]) -> tuple[NDArray[np.float32], HeadStatistics]:

@@ -3,12 +3,17 @@
 Three outputs join the five of MCHeads: `routed_probabilities` float32 [N, C], `class_id` int64 [N] (-1 where the answer
 is not a number) and `head` int64 [N], which indexes the manifest's heads or, one beyond them, their mixture. Each rule
 is runtime.router's, operation by operation in float64, so that ties fall as they do there. One thing is not the same
-instruction: the logarithms of the blend rule, whose last bits a runtime may round otherwise than NumPy.
+instruction: the logarithms of the rules blend and guard, whose last bits a runtime may round otherwise than Python.
+
+A bundle's guarantees add two more, at the coverage and the risk of a request that names none: `prediction_set` bool
+[N, C] where sets are by LAC, and `abstain` bool [N] where answers are ranked by their probability. Both are comparisons
+of float32 probabilities with float32 thresholds, which say exactly what runtime.promises says in float64.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import log
 from typing import Any, Literal
 
 import numpy as np
@@ -17,11 +22,14 @@ from numpy.typing import ArrayLike, NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from trivium.runtime.bundle import FoldedRouter, GateFeature, Manifest
+from trivium.runtime.guarantees import ShiftDetector
+from trivium.runtime.promises import Terms, least_probability, terms
 from trivium.runtime.router import FLOOR, SHIFT_FEATURES, logistic
 
 from .graph import OUTPUTS
 
 ROUTED = ("routed_probabilities", "class_id", "head")
+PROMISED = ("prediction_set", "abstain")
 PREFIX = "router."
 MIXTURES = {"mean": "mean", "blend": "clean+combined"}
 """Rule -> what the router calls an answer that mixes heads."""
@@ -46,22 +54,41 @@ def fold_router(model: onnx.ModelProto, manifest: Manifest, arithmetic: Arithmet
     fold = Fold(graph, manifest, arithmetic)
     probabilities, head = RULES.get(manifest.router.default, one_head)(fold)
     fold.answer(probabilities, head)
-    graph.output.extend(
-        [
-            helper.make_tensor_value_info(ROUTED[0], TensorProto.FLOAT, [rows, len(manifest.classes)]),
-            helper.make_tensor_value_info(ROUTED[1], TensorProto.INT64, [rows]),
-            helper.make_tensor_value_info(ROUTED[2], TensorProto.INT64, [rows]),
-        ]
-    )
+    types = {
+        ROUTED[0]: (TensorProto.FLOAT, [rows, len(manifest.classes)]),
+        ROUTED[1]: (TensorProto.INT64, [rows]),
+        ROUTED[2]: (TensorProto.INT64, [rows]),
+        PROMISED[0]: (TensorProto.BOOL, [rows, len(manifest.classes)]),
+        PROMISED[1]: (TensorProto.BOOL, [rows]),
+    }
+    fold.promise(folded(manifest), terms(manifest))
+    graph.output.extend(helper.make_tensor_value_info(name, *types[name]) for name in outputs(folded(manifest)))
     onnx.checker.check_model(result, full_check=True)
     return result
 
 
 def folded(manifest: Manifest) -> FoldedRouter:
     """What the manifest says of the folded router: what each value of the output `head` stands for."""
-    router = manifest.router.default
-    mixture = [MIXTURES[router]] if router in MIXTURES else []
-    return FoldedRouter(router=router, heads=[*manifest.heads, *mixture])
+    router, guarantees = manifest.router.default, manifest.guarantees
+    mixture = MIXTURES.get(router)
+    if router == "guard":
+        assert manifest.router.guard is not None, "the manifest's validator asks for it"
+        mixture = MIXTURES.get(manifest.router.guard.base)
+    record = FoldedRouter(router=router, heads=[*manifest.heads, *([mixture] if mixture else [])])
+    if guarantees is None:
+        return record
+    ranked = guarantees.routers[router].confidence == "max_probability"
+    levels = {
+        "coverage": guarantees.coverage if guarantees.score == "lac" else None,
+        "max_risk": guarantees.max_risk if ranked else None,
+    }
+    return record.model_copy(update=levels)
+
+
+def outputs(record: FoldedRouter) -> tuple[str, ...]:
+    """What the folded router adds to a graph's outputs."""
+    promised = zip(PROMISED, (record.coverage, record.max_risk), strict=True)
+    return (*ROUTED, *(name for name, level in promised if level is not None))
 
 
 class Fold:
@@ -132,6 +159,22 @@ class Fold:
         self.op("Where", nowhere, self.integers(-1), likeliest, output=ROUTED[1])
         self.op("Identity", head, output=ROUTED[2])
 
+    def promise(self, record: FoldedRouter, asked: Terms | None) -> None:
+        """The outputs that the guarantees add; where there is no answer, an empty set and an abstention."""
+        if asked is None:
+            return
+        known = self.op("GreaterOrEqual", ROUTED[1], self.constant(0, np.int64))
+        if record.coverage is not None:
+            likely = self.op("GreaterOrEqual", ROUTED[0], self.constant(least_probability(asked.quantile), np.float32))
+            classes = self.integers(*range(len(self.manifest.classes)))
+            answered = self.op("Equal", self.op("Unsqueeze", ROUTED[1], self.integers(1)), classes)
+            inside = self.op("Or", likely, answered)
+            self.op("And", inside, self.op("Unsqueeze", known, self.integers(1)), output=PROMISED[0])
+        if record.max_risk is not None:
+            highest = self.op("ReduceMax", ROUTED[0], self.integers(1), keepdims=0)
+            sure = self.op("GreaterOrEqual", highest, self.constant(float32_above(asked.least), np.float32))
+            self.op("Not", self.op("And", known, sure), output=PROMISED[1])
+
 
 def one_head(fold: Fold) -> tuple[str, str]:
     """The head that is the rule's name."""
@@ -178,18 +221,7 @@ def blend(fold: Fold) -> tuple[str, str]:
     rule = fold.manifest.router.blend
     assert rule is not None, "the manifest's validator asks for it"
     clean, combined = fold.place("clean"), fold.place("combined")
-    features = {
-        "divergence": lambda: floored_log(fold, fold.symmetric_divergence(clean, fold.place("robust"))),
-        "mutual_information": lambda: floored_log(fold, fold.exact("mutual_information", clean)),
-        "energy": lambda: fold.exact("energy", clean),
-    }
-    score = fold.op("Expand", fold.constant([rule.intercept]), fold.op("Shape", "energy", start=0, end=1))
-    for name in SHIFT_FEATURES:
-        if name in rule.weights:
-            centred = fold.op("Sub", features[name](), fold.constant(rule.center[name]))
-            weighted = fold.op("Mul", fold.constant(rule.weights[name]), centred)
-            score = fold.op("Add", score, fold.op("Div", weighted, fold.constant(rule.scale[name])))
-    shifted = fold.op("Greater", score, fold.constant(score_threshold(rule.threshold)))
+    shifted = is_shifted(fold, rule, rule.threshold)
     mixed = fold.op("Add", fold.weighted(0.5, clean), fold.weighted(0.5, combined))
     probabilities = fold.op(
         "Where", fold.op("Unsqueeze", shifted, fold.integers(1)), fold.weighted(1.0, combined), mixed
@@ -214,12 +246,52 @@ def gate(fold: Fold) -> tuple[str, str]:
     return fold.chosen(head), head
 
 
+def guard(fold: Fold) -> tuple[str, str]:
+    rule = fold.manifest.router.guard
+    assert rule is not None, "the manifest's validator asks for it"
+    clean = fold.place("clean")
+    shifted = is_shifted(fold, rule, rule.threshold)
+    if rule.base in RULES:
+        probabilities, head = RULES[rule.base](fold)
+    else:
+        place = fold.place(rule.base)
+        probabilities, head = fold.head_probabilities(place), fold.every(place)
+    exact = fold.op("Cast", probabilities, to=fold.type)
+    answer = fold.op("Where", fold.op("Unsqueeze", shifted, fold.integers(1)), exact, fold.weighted(1.0, clean))
+    return answer, fold.op("Where", shifted, head, fold.integers(clean))
+
+
+def is_shifted(fold: Fold, detector: ShiftDetector, threshold: float) -> str:
+    """bool [N]: whether the probability of a shift exceeds the threshold."""
+    heads = fold.manifest.heads
+    clean = fold.place("clean")
+
+    def divergence() -> str:
+        if "robust" not in heads:
+            return fold.constant(log(FLOOR))
+        return floored_log(fold, fold.symmetric_divergence(clean, fold.place("robust")))
+
+    features = {
+        "divergence": divergence,
+        "mutual_information": lambda: floored_log(fold, fold.exact("mutual_information", clean)),
+        "energy": lambda: fold.exact("energy", clean),
+    }
+    score = fold.op("Expand", fold.constant([detector.intercept]), fold.op("Shape", "energy", start=0, end=1))
+    for name in SHIFT_FEATURES:
+        if name in detector.weights:
+            centred = fold.op("Sub", features[name](), fold.constant(detector.center[name]))
+            weighted = fold.op("Mul", fold.constant(detector.weights[name]), centred)
+            score = fold.op("Add", score, fold.op("Div", weighted, fold.constant(detector.scale[name])))
+    return fold.op("Greater", score, fold.constant(score_threshold(threshold)))
+
+
 RULES: dict[str, Callable[[Fold], tuple[str, str]]] = {
     "mean": mean,
     "min_entropy": min_entropy,
     "paper": paper,
     "blend": blend,
     "gate": gate,
+    "guard": guard,
 }
 """By name; each returns the names of the answer's probabilities [N, C] and of its head, int64 [N]."""
 
@@ -244,6 +316,12 @@ def gate_feature(fold: Fold, feature: GateFeature) -> str:
 
 def floored_log(fold: Fold, value: str) -> str:
     return fold.op("Log", fold.op("Add", fold.constant(FLOOR), value))
+
+
+def float32_above(value: float) -> np.float32:
+    """The least float32 that is not below a float64, so that a float32 is at least the one where it is the other."""
+    nearest = np.float32(value)
+    return nearest if float(nearest) >= value else np.nextafter(nearest, np.float32(np.inf))
 
 
 def score_threshold(threshold: float) -> float:

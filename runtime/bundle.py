@@ -210,6 +210,10 @@ class FoldedRouter(Strict):
     router: str
     heads: Annotated[list[str], Field(min_length=1, max_length=17)]
     """What each value of the output `head` stands for: the heads, and last the mixture where the rule mixes them."""
+    coverage: Share | None = None
+    """Of the output `prediction_set`; None where the graph has none."""
+    max_risk: Share | None = None
+    """Of the output `abstain`; None where the graph has none."""
 
 
 class File(Strict):

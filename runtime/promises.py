@@ -208,12 +208,18 @@ def conformity_scores(
 
 def prediction_sets(routed: Routed, found: Guarantees, quantile: float) -> NDArray[np.bool_]:
     """[N, C]: the classes whose conformity score is at most the quantile; the answer is always one of them."""
-    if found.score == "raps":
-        scores = conformity_scores(
-            routed.probabilities, routed.class_id, "raps", found.raps_penalty, found.raps_free_ranks
-        )
-        return scores <= quantile
-    sets: NDArray[np.bool_] = routed.probabilities >= least_probability(quantile)
+    if found.score == "lac":
+        sets: NDArray[np.bool_] = routed.probabilities >= least_probability(quantile)
+    else:
+        sets = np.zeros(routed.probabilities.shape, np.bool_)
+        for row, order in enumerate((-routed.probabilities).argsort(1, kind="stable")):
+            # conformity_scores sum by sum, up to the first that is too large: those behind it are larger
+            total = 0.0
+            for rank, label in enumerate(order, 1):
+                total += routed.probabilities.item(row, label)
+                if not total + found.raps_penalty * max(0, rank - found.raps_free_ranks) <= quantile:
+                    break
+                sets[row, label] = True
     for row, one in enumerate(routed.class_id.tolist()):
         sets[row, one] = True
     return sets

@@ -14,11 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
+from tests.conftest import tiny_guarantees
 
 from trivium.export.graph import OUTPUT_AXES, OUTPUTS
-from trivium.export.router_graph import ROUTED, fold_router, folded, score_threshold
+from trivium.export.router_graph import ROUTED, fold_router, folded, outputs, score_threshold
 from trivium.kernels import HeadStatistics
 from trivium.runtime.bundle import Manifest
+from trivium.runtime.promises import abstentions, prediction_sets, terms
 from trivium.runtime.router import logistic, route, shift_probability
 
 HEADS, CLASSES = ("clean", "robust", "combined"), 5
@@ -52,7 +54,29 @@ PART = {"intercept": {"robust": 0.0, "combined": 0.0}, "features": [
 """A gate between two of the heads by a score of the third, which meets its tie exactly."""
 
 
-def manifest_of(router: str, gate: Any = GATE, paper: Any = MappingProxyType({}), **blend: Any) -> Manifest:
+GUARD = {"threshold": 0.6, "accuracy_loss": 0.01, "negative_flips": 0.01, "delta": 0.05}
+"""Of a guard, whose detector is the blend rule's."""
+ALL = (*RULES, "guard")
+
+
+def promised(quantile: float, least: float | None, max_risk: float | None = 0.1, **changes: Any) -> dict[str, Any]:
+    """Guarantees with the same thresholds for every router."""
+    row: dict[str, Any] = {"lac": [quantile], "raps": [quantile], "confidence": "max_probability", "least": [least]}
+    levels: dict[str, Any] = {"coverages": [0.9], "coverage": 0.9, "risks": [0.1], "max_risk": max_risk}
+    row |= changes.pop("row", {})
+    rows = dict.fromkeys(ALL, row)
+    drift = {"pictures": 3, "edges": {}, "counts": {"class_id": [3, 0, 0, 0, 0]}, "head": "clean"}
+    return tiny_guarantees() | levels | {"routers": rows, "drift": drift} | changes
+
+
+def manifest_of(
+    router: str,
+    gate: Any = GATE,
+    paper: Any = MappingProxyType({}),
+    base: str = "combined",
+    guarantees: dict[str, Any] | None = None,
+    **blend: Any,
+) -> Manifest:
     rule = {
         "weights": {"divergence": 1.0, "mutual_information": 0.5, "energy": 0.25},
         "center": {"divergence": -1.0, "mutual_information": 0.2, "energy": -10.5},
@@ -72,7 +96,9 @@ def manifest_of(router: str, gate: Any = GATE, paper: Any = MappingProxyType({})
                 "paper": {"divergence_threshold": 0.4, "entropy_scale": {"clean": 0.5, "robust": 0.75}} | paper,
                 "blend": rule | blend,
                 "gate": gate,
+                "guard": rule | blend | GUARD | {"base": base},
             },
+            "guarantees": guarantees,
             "files": [{"path": "model.onnx", "size": 0, "sha256": "0" * 64}],
         }
     )
@@ -102,23 +128,40 @@ def both(model: onnx.ModelProto) -> list[Callable[[HeadStatistics], list[Any]]]:
     def feed(statistics: HeadStatistics) -> dict[str, Any]:
         return {f"given.{name}": value for name, value in statistics._asdict().items()}
 
-    return [lambda s: session.run(list(ROUTED), feed(s)), lambda s: reference.run(list(ROUTED), feed(s))]
+    names = [output.name for output in model.graph.output if output.name not in OUTPUTS]
+    return [lambda s: session.run(names, feed(s)), lambda s: reference.run(names, feed(s))]
 
 
 def check(manifest: Manifest, runners: list[Callable[[HeadStatistics], list[Any]]], statistics: HeadStatistics) -> None:
     expected = route(statistics, manifest)
-    names = folded(manifest).heads
+    names, asked = folded(manifest).heads, terms(manifest)
     for run in runners:
-        probabilities, class_id, head = run(statistics)
+        probabilities, class_id, head, *others = run(statistics)
         assert (probabilities.dtype, class_id.dtype, head.dtype) == (np.float32, np.int64, np.int64)
         assert [names[i] for i in head] == expected.head
         np.testing.assert_array_equal(class_id, expected.class_id)
         np.testing.assert_array_equal(probabilities, expected.probabilities)
+        found = dict(zip(outputs(folded(manifest))[3:], others, strict=True))
+        answered = expected.class_id >= 0
+        if "prediction_set" in found:
+            assert manifest.guarantees is not None
+            assert asked is not None
+            sets = prediction_sets(expected, manifest.guarantees, asked.quantile) & answered[:, None]
+            np.testing.assert_array_equal(found["prediction_set"], sets)
+        if "abstain" in found:
+            assert asked is not None
+            abstain = abstentions(expected, statistics, manifest, asked) | ~answered
+            np.testing.assert_array_equal(found["abstain"], abstain)
 
 
 GRAPHS = {router: (manifest_of(router), both(graph_of(manifest_of(router)))) for router in RULES}
 # A threshold that a probability can meet exactly: sigmoid(0).
-PLAIN = {"weights": FLAT, "center": dict.fromkeys(FLAT, 0.0), "scale": dict.fromkeys(FLAT, 1.0), "intercept": 0.0}
+PLAIN: dict[str, Any] = {
+    "weights": FLAT,
+    "center": dict.fromkeys(FLAT, 0.0),
+    "scale": dict.fromkeys(FLAT, 1.0),
+    "intercept": 0.0,
+}
 TIED = manifest_of("blend", **PLAIN)
 GRAPHS["blend, tied"] = (TIED, both(graph_of(TIED)))
 THREE = manifest_of(
@@ -130,6 +173,18 @@ THREE = manifest_of(
     },
 )
 GRAPHS["paper, among three"] = (THREE, both(graph_of(THREE)))
+for base in ("robust", "mean", "blend", "gate"):
+    GUARDED = manifest_of("guard", base=base)
+    GRAPHS[f"guard, {base}"] = (GUARDED, both(graph_of(GUARDED)))
+# thresholds that a probability can meet exactly: 0.4 is below the float32 nearest to it
+for name, router, guarantees in (
+    ("promised", "combined", promised(0.6, 0.4)),
+    ("promised, mixed", "mean", promised(0.75, 0.5)),
+    ("promised, guard", "guard", promised(0.0, float(np.float32(0.4)))),
+    ("promised, nothing", "robust", promised(1.0, None)),
+):
+    PROMISING = manifest_of(router, base="mean", guarantees=guarantees, **PLAIN)
+    GRAPHS[name] = (PROMISING, both(graph_of(PROMISING)))
 PARTIAL = manifest_of("gate", PART)
 GRAPHS["gate, of two heads"] = (PARTIAL, both(graph_of(PARTIAL)))
 
@@ -170,7 +225,7 @@ def tied_statistics(draw: st.DrawFn) -> HeadStatistics:
     )
 
 
-@pytest.mark.parametrize("name", [name for name in GRAPHS if name != "blend"])
+@pytest.mark.parametrize("name", [name for name in GRAPHS if name != "blend" and not name.startswith("guard")])
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(statistics=tied_statistics())
 def test_ties(name: str, statistics: HeadStatistics) -> None:
@@ -216,15 +271,31 @@ def test_the_threshold_of_the_score_is_the_routers(threshold: float) -> None:
     assert logistic(np.nextafter(bound, np.inf)) > threshold
 
 
+def test_what_cannot_be_folded_is_left_out() -> None:
+    whole = folded(manifest_of("mean", guarantees=promised(0.7, 0.6)))
+    assert (whole.coverage, whole.max_risk) == (0.9, 0.1)
+    for changes, left in (
+        ({"score": "raps"}, ("abstain",)),
+        ({"row": {"confidence": "predictive_entropy"}}, ("prediction_set",)),
+        ({"max_risk": None}, ("prediction_set",)),
+    ):
+        manifest = manifest_of("mean", guarantees=promised(0.7, 0.6, **changes))
+        assert outputs(folded(manifest)) == (*ROUTED, *left)
+        assert [one.name for one in graph_of(manifest).graph.output][-len(left) :] == list(left)
+    assert outputs(folded(manifest_of("mean"))) == ROUTED
+    assert folded(manifest_of("guard", base="blend")).heads == [*HEADS, "clean+combined"]
+    assert folded(manifest_of("guard", base="robust")).heads == list(HEADS)
+
+
 def test_float32_arithmetic_chooses_the_same_away_from_thresholds_and_needs_no_doubles() -> None:
     statistics = random_statistics(5, 200)
-    for router in RULES:
-        manifest = manifest_of(router)
+    for router in ALL:
+        manifest = manifest_of(router, guarantees=promised(0.7, 0.6))
         model = graph_of(manifest, "float32")
         types = {i.data_type for i in model.graph.initializer}
         assert TensorProto.DOUBLE not in types
         assert not any(a.i == TensorProto.DOUBLE for n in model.graph.node for a in n.attribute if a.name == "to")
-        probabilities, class_id, head = both(model)[0](statistics)
+        probabilities, class_id, head, *_ = both(model)[0](statistics)
         expected = route(statistics, manifest)
         assert [folded(manifest).heads[i] for i in head] == expected.head
         np.testing.assert_array_equal(class_id, expected.class_id)
