@@ -20,7 +20,7 @@ pytest.importorskip("torch", reason="training needs torch: pip install 'trivium[
 from tests.unit.test_distributed import RECIPE, close
 
 SCRIPT = Path(__file__).parents[2] / "docker/training/hosts.sh"
-START_SECONDS = 300
+START_SECONDS = 900
 Host = Callable[..., "subprocess.Popen[str]"]
 
 
