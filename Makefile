@@ -50,6 +50,7 @@ evaluate: venv  ## every method on two data sets with three seeds, up to three h
 bench: venv  ## CPU benchmarks into build/bench
 	$(BIN)/python -m tests.bench
 	$(BIN)/python -m tests.bench.precision
+	$(BIN)/python -m tests.bench.guarantees
 
 bench-peers: venv  ## the same with torch-uncertainty and baal, in an environment of their own
 	$(BIN)/python -m tests.bench --peers
