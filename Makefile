@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow lint format evaluate bench bench-peers bench-serve bench-serve-peers bench-score simulate gpu-check test-triton test-score test-scale test-docker lock test-zoo sanitize soak fuzz wheel clean
+.PHONY: help venv demo test test-slow lint format evaluate verify-guarantees bench bench-peers bench-serve bench-serve-peers bench-score simulate gpu-check test-triton test-score test-scale test-docker lock test-zoo sanitize soak fuzz wheel clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,6 +46,16 @@ evaluate: venv  ## every method on two data sets with three seeds, up to three h
 	$(BIN)/python -m trivium.train.studies.trade_off --out build/studies --results build/studies/trade-off.json
 	$(BIN)/trivium study fashion-mnist renditions --out build/studies --trade-off build/studies/trade-off.json \
 	  --results train/RESULTS.json --page train/RESULTS.md
+
+verify-guarantees: venv  ## 200 calibrations of two models against their promises (train/GUARANTEES.md; goes on after a kill)
+	$(BIN)/trivium data fashion-mnist
+	$(BIN)/trivium data renditions
+	$(BIN)/trivium study fashion-mnist renditions --rows three-heads --seeds 0 --out build/studies
+	@for set in fashion-mnist renditions; do set -e; at=build/guarantees/$$set; \
+	  test -d $$at || $(BIN)/trivium export build/studies/$$set/three-heads/0/run $$at; \
+	  $(BIN)/trivium verify-guarantees $$at --out $$at.verification --results train/GUARANTEES-$$set.json \
+	    --page train/GUARANTEES.md; \
+	done
 
 bench: venv  ## CPU benchmarks into build/bench
 	$(BIN)/python -m tests.bench

@@ -20,6 +20,11 @@ MIXTURES = {
     "unseen": "corruptions never calibrated on",
 }  # fmt: skip
 SHOWN = (0.9, 0.95)
+LEFT_OUT = {
+    (MIXTURES["declared"], MIXTURES["declared"]), (MIXTURES["clean"], MIXTURES["clean"]),
+    (MIXTURES["clean"], MIXTURES["declared"]),
+}  # fmt: skip
+"""Of the page of Markdown: mixtures calibrated on and asked about of which nothing new is to be told."""
 
 
 @dataclass(frozen=True)
@@ -173,8 +178,9 @@ def markdown(found: Verified) -> str:
     ninety = found.row(default, found.settings.score, 0.9)
     mixture = ", ".join(f"{percent(share, 0)} % {name}" for name, share in found.settings.mixture.items())
     pool = " + ".join(f"{name} {count:,}" for name, count in found.data.items())
-    keep = {"sets": sets_table(found), "risks": risks_table(found), "conditions": conditions_table(found)}
-    few = [row for row in keep["risks"].rows if row[0] in (default, "guard")]
+    sets, risks, mixtures = sets_table(found), risks_table(found), conditions_table(found)
+    bounds = {percent(bound) for bound in (0.02, 0.05, 0.1, 0.2)}
+    asked = [row for row in mixtures.rows if (row[1], row[2]) not in LEFT_OUT]
     shift, removed = found.shift, found.removed
     worst, *_, best = sorted(shift.kinds, key=shift.kinds.__getitem__)
     lines = [
@@ -183,18 +189,29 @@ def markdown(found: Verified) -> str:
         f"{found.splits} splits of {pool} pictures: {found.tuning:,} for choices, {found.calibration:,} for the "
         f"promises, {found.test:,} to test. Mixture: {mixture}. Default router: {default}. `{found.command}`",
         "",
-        *grid(keep["sets"].heads, [row for row in keep["sets"].rows if row[0] in (default, "guard", "clean")], 2),
+        *grid(sets.heads, [row for row in sets.rows if row[0] in (default, "guard", "clean")], 2),
         "",
-        *grid(keep["risks"].heads, few, 2),
+        *grid(
+            risks.heads,
+            [row for row in risks.rows if row[0] in (default, "guard") and (row[1] == "its own" or row[2] in bounds)],
+            2,
+        ),
         "",
         f"Bounds on risk broken, worst of all {len(found.routers)} routers and all levels: "
         f"{percent(found.worst()[1])} % of draws from the population, {percent(found.worst()[0])} % of test parts "
         f"(allowed: {percent(found.settings.delta, 0)} %, {percent(found.allowed)} % with two standard errors).",
     ]
-    if found.harm is not None:
-        table = harm_table(found)
-        lines += ["", table.note, "", *grid(table.heads, table.rows, 1)]
-    lines += ["", *grid(keep["conditions"].heads, keep["conditions"].rows, 3), ""]
+    lines += ["", *grid(mixtures.heads, asked, 3), ""]
+    if (harm := found.harm) is not None:
+        accuracy = ", ".join(f"{name} {percent(value)}" for name, value in harm.accuracy.items())
+        lines.append(
+            f"- The guard, offered in {percent(harm.offered)} % of the splits, leaves the clean head for {harm.base} on "
+            f"{percent(harm.moved)} % of the pictures: clean accuracy falls by {percent(harm.accuracy_loss, 2)} points (at "
+            f"most {percent(harm.accuracy_loss_bound)} promised), negative flips {percent(harm.negative_flips, 2)} % (at "
+            f"most {percent(harm.negative_flips_bound)}; {percent(harm.base_negative_flips, 2)} without a guard); either "
+            f"bound broken in {percent(harm.broken)} % of draws, on {percent(harm.broken_test)} % of test parts. Accuracy "
+            f"on the mixture, %: {accuracy}."
+        )
     lines.append(
         f"- Sets of {percent(0.9, 0)} % hold {ninety.size:.2f} of {found.classes} classes on average.\n"
         f"- Abstaining on the least sure 20 % removes {percent(removed.declared)} % of the errors on the declared "
