@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import json
 import math
 import random
 import subprocess
@@ -27,7 +28,16 @@ from tritonclient.grpc import model_config_pb2, service_pb2, service_pb2_grpc
 
 import trivium.runtime
 from trivium.runtime import AsyncClient, Client, RetryPolicy, errors
-from trivium.runtime.client_codec import MESSAGE_PICTURES, Batch, each, load, read_metadata, read_response
+from trivium.runtime.client_codec import (
+    MESSAGE_PICTURES,
+    Batch,
+    each,
+    load,
+    read_metadata,
+    read_response,
+    write_request,
+)
+from trivium.runtime.connection import SPREAD
 from trivium.runtime.errors import (
     ConfigError,
     DeadlineExceeded,
@@ -39,7 +49,7 @@ from trivium.runtime.errors import (
     Unavailable,
 )
 from trivium.runtime.predictor import Predictor
-from trivium.runtime.retries import RetryBudget, pushback_ms
+from trivium.runtime.retries import RETRYABLE, RetryBudget, pushback_ms
 from trivium.runtime.wire import OUTPUTS, config, metadata, read_request, write_response
 
 FULL, AWAY = grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.UNAVAILABLE
@@ -609,6 +619,32 @@ def test_asyncio_takes_turns_too(replicas: Replicas) -> None:
                 assert time.monotonic() < end
 
     assert asyncio.run(ask()).failures == {}
+
+
+def test_the_shipped_service_config_is_the_clients_policy(replicas: Replicas) -> None:
+    """For clients of gRPC in any language; what they send must fit into their buffer for retries."""
+    text = (Path(__file__).parents[2] / "docker/service-config.json").read_text()
+    config, policy = json.loads(text), RetryPolicy()
+    assert {name: config[name] for name in SPREAD} == SPREAD
+    assert config["retryThrottling"] == {"maxTokens": policy.max_tokens, "tokenRatio": policy.token_ratio}
+    (method,) = config["methodConfig"]
+    assert method["retryPolicy"] == {
+        "maxAttempts": policy.max_attempts,
+        "initialBackoff": f"{policy.initial_backoff}s",
+        "maxBackoff": f"{policy.max_backoff:g}s",
+        "backoffMultiplier": policy.backoff_multiplier,
+        "retryableStatusCodes": sorted(RETRYABLE, reverse=True),
+    }
+    replicas.servicers[0].failures = [(AWAY, None)] * 100
+    replicas.health[1].set("", health_pb2.HealthCheckResponse.NOT_SERVING)
+    message = write_request([np.zeros((32, 32, 3), np.uint8)], "tiny")
+    options = [("grpc.service_config", text), ("grpc.per_rpc_retry_buffer_size", 64 << 20)]
+    with grpc.insecure_channel("ipv4:" + ",".join(replicas.urls), options) as channel:
+        stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+        for _ in range(6):
+            assert len(read_response(stub.ModelInfer(message))) == 1
+    failed, none, answered = replicas.asked()
+    assert (failed > 0, none, answered) == (True, 0, 6)
 
 
 def test_no_replica_that_serves_is_one_line_soon(replicas: Replicas, call: Callable[..., Any]) -> None:
