@@ -205,12 +205,12 @@ def markdown(found: Verified) -> str:
     if (harm := found.harm) is not None:
         accuracy = ", ".join(f"{name} {percent(value)}" for name, value in harm.accuracy.items())
         lines.append(
-            f"- The guard, offered in {percent(harm.offered)} % of the splits, leaves the clean head for {harm.base} on "
-            f"{percent(harm.moved)} % of the pictures: clean accuracy falls by {percent(harm.accuracy_loss, 2)} points (at "
-            f"most {percent(harm.accuracy_loss_bound)} promised), negative flips {percent(harm.negative_flips, 2)} % (at "
-            f"most {percent(harm.negative_flips_bound)}; {percent(harm.base_negative_flips, 2)} without a guard); either "
-            f"bound broken in {percent(harm.broken)} % of draws, on {percent(harm.broken_test)} % of test parts. Accuracy "
-            f"on the mixture, %: {accuracy}."
+            f"- The guard, offered in {percent(harm.offered)} % of the splits, leaves the clean head for {harm.base} "
+            f"on {percent(harm.moved)} % of the pictures: clean accuracy falls by {percent(harm.accuracy_loss, 2)} "
+            f"points (at most {percent(harm.accuracy_loss_bound)} promised), negative flips "
+            f"{percent(harm.negative_flips, 2)} % (at most {percent(harm.negative_flips_bound)}; "
+            f"{percent(harm.base_negative_flips, 2)} without a guard); either bound broken in {percent(harm.broken)} % "
+            f"of draws, on {percent(harm.broken_test)} % of test parts. Accuracy on the mixture, %: {accuracy}."
         )
     lines.append(
         f"- Sets of {percent(0.9, 0)} % hold {ninety.size:.2f} of {found.classes} classes on average.\n"
