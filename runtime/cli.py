@@ -16,6 +16,7 @@ COMMANDS = {
     "report": ("train,eval", "finished evaluations compared: mean and spread, cost, attacks, one page"),
     "study": ("train,eval", "many ways of training over seeds, as rows of one table"),
     "calibrate": ("train,eval,cpu", "find what may be promised of a bundle's answers"),
+    "verify-guarantees": ("train,eval,cpu", "calibrate again and again, and see whether the promises hold"),
     "export": ("export,cpu", "compile a checkpoint or a timm model into a bundle"),
     "bundle": ("cpu", "show or verify a bundle"),
     "serve": ("cpu", "serve bundles over gRPC"),
@@ -71,7 +72,7 @@ def load(entry: EntryPoint):  # type: ignore[no-untyped-def]
 
 def usage() -> str:
     """The help text."""
-    rows = "\n".join(f"  {name:10} {text}" for name, (_, text) in COMMANDS.items())
+    rows = "\n".join(f"  {name:17} {text}" for name, (_, text) in COMMANDS.items())
     return (
         "usage: trivium COMMAND ...        trivium COMMAND --help        trivium --version\n\n"
         f"Robust, uncertainty-aware image classification, from training to serving.\n\n{rows}"
