@@ -17,14 +17,14 @@ from trivium.runtime.predictor import Predictor
 from trivium.runtime.promises import confidence, conformity_scores
 from trivium.runtime.router import route, shift_probability
 from trivium.train.calibration.comparison import provisional
-from trivium.train.data.pictures import load_pictures, parse_spec
+from trivium.train.data.pictures import load_pictures, load_whole, parse_spec
 from trivium.train.guarantees.calibrate import (
     Settings,
+    calibrate_bundle,
     certified_risks,
     check_risk,
     guarantees_of,
     least_in_all,
-    part,
     today,
     tuning_pictures,
     with_guarantees,
@@ -273,11 +273,22 @@ def test_too_few_pictures_are_refused_with_the_number_needed() -> None:
             guarantees_of(manifest(), views(33, 1), views(views_, 2), settings)
 
 
-def test_parts_are_disjoint_and_in_order() -> None:
-    whole = views(101, 1)
-    tuning, calibration = part(whole)
-    assert (len(tuning), len(calibration)) == (25, 76)
-    assert np.concatenate([tuning.labels, calibration.labels]).tolist() == whole.labels.tolist()
+def test_the_parts_are_disjoint_and_as_large_as_is_said(tiny_bundle: Path, labelled: Path) -> None:
+    predictor = Predictor.load(tiny_bundle)
+    pictures = load_whole(parse_spec(str(labelled)), predictor.manifest.preprocessing)
+    told: list[tuple[int, int]] = []
+    order = np.arange(200)[::-1].copy()
+    found = calibrate_bundle(
+        predictor, pictures, Settings(), limit=150, order=order, progress=lambda *counts: told.append(counts)
+    )
+    whole = look(predictor, pictures, Settings().mixture, order=order, limit=150, shifted=False)
+    assert found.manifest.guarantees is not None
+    assert (len(found.tuning), len(found.calibration), found.manifest.guarantees.pictures) == (37, 113, 113)
+    energy = np.concatenate([found.tuning.statistics.energy, found.calibration.statistics.energy])
+    assert (energy == whole.statistics.energy).all()
+    assert found.tuning.shifted is not None
+    assert found.calibration.shifted is None
+    assert told == [(37, 150), (150, 150)]
 
 
 def test_the_date_is_that_of_the_source_where_one_is_set(monkeypatch: pytest.MonkeyPatch) -> None:

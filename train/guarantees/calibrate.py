@@ -23,6 +23,7 @@ from trivium.runtime.predictor import Predictor
 from trivium.runtime.promises import confidence, conformity_scores
 from trivium.runtime.router import Routed, route, shift_probability
 
+from ..calibration.calibrate import drawn
 from ..calibration.observe import CLEAN
 from ..data.pictures import Pictures
 from ..evaluation.tally import labels_for
@@ -111,21 +112,27 @@ def calibrate_bundle(
         certified; EngineError.
     """
     labels_for(pictures, predictor.manifest.classes)
-    available = min(len(pictures) if order is None else len(order), limit or len(pictures))
-    check_size(available - tuning_pictures(available), settings)
-    views = look(predictor, pictures, settings.mixture, seed=settings.seed, limit=limit, order=order, progress=progress)
-    tuning, calibration = part(views)
+    if order is None:
+        order = drawn(len(pictures), settings.seed)
+    order = order[:limit]
+    first = tuning_pictures(len(order))
+    check_size(len(order) - first, settings)
+
+    def seen(rows: NDArray[np.int64], begun: int, shifted: bool) -> Views:
+        def told(done: int, _: int) -> None:
+            if progress is not None:
+                progress(begun + done, len(order))
+
+        return look(
+            predictor, pictures, settings.mixture, seed=settings.seed, order=rows, shifted=shifted, progress=told
+        )
+
+    tuning, calibration = seen(order[:first], 0, True), seen(order[first:], first, False)
     guarantees, guard = guarantees_of(predictor.manifest, tuning, calibration, settings)
     manifest = with_guarantees(predictor.manifest, guarantees, guard)
     if settings.max_risk is not None:
         check_risk(guarantees, manifest.router.default, settings.max_risk)
     return Calibrated(manifest, tuning, calibration)
-
-
-def part(views: Views) -> tuple[Views, Views]:
-    """The tuning part and the calibration part of views in random order."""
-    first = tuning_pictures(len(views))
-    return views.take(slice(first)), views.take(slice(first, None))
 
 
 def tuning_pictures(count: int) -> int:

@@ -107,12 +107,12 @@ def look(
             clean = ask(predictor.engine, images, pool)
             drawn = HeadStatistics(*(column.copy() for column in clean))
             if (moved := np.flatnonzero(kinds[rows] != CLEAN)).size:
-                view = shift(images[moved], kinds[rows[moved]], severities[rows[moved]], rows[moved], seed, start)
+                view = shift(images[moved], kinds[rows[moved]], severities[rows[moved]], rows[moved], seed)
                 for column, values in zip(drawn, ask(predictor.engine, view, pool), strict=True):
                     column[moved] = values
             seen = [drawn, clean]
             if shifted:
-                view = shift(images, shift_kinds[rows], shift_severities[rows], rows, seed + 1, start)
+                view = shift(images, shift_kinds[rows], shift_severities[rows], rows, seed + 1)
                 seen.append(ask(predictor.engine, view, pool))
             found.append(tuple(seen))
             if progress is not None:
@@ -144,14 +144,14 @@ def shift(
     severities: NDArray[np.int64],
     place: NDArray[np.int64],
     seed: int,
-    first: int,
 ) -> NDArray[np.uint8]:
-    """Pictures uint8 [N, H, W, 3], each in the view named; a corruption draws from (seed, its name, place) alone."""
+    """Pictures uint8 [N, H, W, 3], each in the view named; a corruption draws from (seed, its name, place) alone, an
+    augmentation for all pictures together from the seed and the first one's place."""
     out = images.copy()
     for name in np.unique(kinds):
         rows = np.flatnonzero(kinds == name)
         if name in SHIFTS:
-            out[rows] = augmented(images[rows], SHIFTS[str(name)], seed, first)
+            out[rows] = augmented(images[rows], SHIFTS[str(name)], seed, int(place[rows[0]]))
         elif name != CLEAN:
             for row in rows:
                 # one by one, so that no two pictures share a draw: shared noise would not be exchangeable
