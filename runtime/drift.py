@@ -36,7 +36,7 @@ from .logs import about
 from .predictor import Prediction
 from .router import symmetric_divergence
 
-BLOCK = 250
+BLOCK = 500
 """Pictures that are worked off together. With each block a martingale starts, and at its end the sum is looked at."""
 STEP = 25
 """Of these, a divisor."""
@@ -47,6 +47,7 @@ HALF = 0.5
 HOLD = 10_000
 """Pictures without another alarm after which one is over."""
 EARLIER = np.tri(STEP, k=-1, dtype=np.bool_)
+COUNTING = np.arange(1, BLOCK + 1)
 CELLS = 100
 """Of [0, 1], in each of which a bet pays the same."""
 ROW = Struct("6d")
@@ -98,7 +99,7 @@ class Drift:
         # a value's place among the edges -> its bin in the test -> its bin in the index
         self._edges = [np.array(reference.edges.get(name, [])) for name in self.statistics]
         self._fine = fine
-        self._coarse = np.stack([merged(own, COARSE) for own in counts]).astype(np.uint8)
+        self._coarse = [merged(own, COARSE) for own in counts]
         self._expected = [np.bincount(into, own) for into, own in zip(self._coarse, counts, strict=True)]
         self._window = np.empty((len(self.statistics), 0), np.uint8)
         self.window = window
@@ -144,8 +145,7 @@ class Drift:
                 for name, into, edges in zip(self.statistics, self._fine, self._edges, strict=True)
             ]
         )
-        coarse = np.take_along_axis(self._coarse, bins, 1)
-        self._window = np.concatenate([self._window, coarse], axis=1)[:, -self.window :]
+        self._window = np.concatenate([self._window, bins.astype(np.uint8)], axis=1)[:, -self.window :]
         self._test.bet(bins)
         self._quiet += BLOCK
         if self._test.evidence >= self.limit:
@@ -182,8 +182,8 @@ class Drift:
         if self.pictures < self.window:
             return {}
         result = {}
-        for name, own, expected in zip(self.statistics, self._window, self._expected, strict=True):
-            counts = np.bincount(own, minlength=len(expected))
+        for name, into, own, expected in zip(self.statistics, self._coarse, self._window, self._expected, strict=True):
+            counts = np.bincount(into[own], minlength=len(expected))
             p, q = ((one + HALF) / (one + HALF).sum() for one in (expected, counts))
             result[name] = float(((q - p) * np.log(q / p)).sum())
         return result
@@ -198,6 +198,8 @@ class Martingales:
 
     def __init__(self, counts: NDArray[np.int64]) -> None:
         self._reference = counts
+        rows, width = counts.shape
+        self._offset = (width * np.arange(rows * BLOCK // STEP).repeat(STEP)).reshape(rows, BLOCK)
         # counter-based, and of a fixed key: the same stream gives the same alarms
         self._ties = np.random.Generator(np.random.Philox(key=0))
         self._log_weight = LOG_WEIGHTS - log(len(counts))
@@ -212,12 +214,13 @@ class Martingales:
         """Of a block, [S, BLOCK], from its pictures' bins, [S, BLOCK]; those to come are compared with them too.
 
         (pictures in higher bins + theta * pictures in the same bin) / pictures, among those before and this one; theta
-        is uniform in [0, 1), so that ties, and bins for that matter, leave p uniform.
+        is uniform in [0, 1), so that ties, and bins for that matter, leave p uniform. It is each picture's own, and all
+        its statistics': each has martingales of its own, whose sum asks for no independence.
         """
         rows, width = self._counts.shape
-        count = bins.shape[1] // STEP
+        count = BLOCK // STEP
         # what comes before a step of some pictures is counted in bins; within it each is compared with each
-        place = width * np.arange(rows * count).repeat(STEP) + bins.ravel()
+        place = (self._offset + bins).ravel()
         steps = np.bincount(place, minlength=rows * count * width).reshape(rows, count, width)
         after = self._counts[:, None] + steps.cumsum(1)
         before = after - steps
@@ -230,8 +233,8 @@ class Martingales:
         higher += np.einsum("abcd->abc", ((other > this) & EARLIER).view(np.uint8))
         equal = before.ravel()[place].reshape(small.shape) + 1
         equal += np.einsum("abcd->abc", ((other == this) & EARLIER).view(np.uint8))
-        total = before[0, 0].sum() + np.arange(1, bins.shape[1] + 1)
-        p: NDArray[np.float64] = (higher + self._ties.random(small.shape) * equal).reshape(bins.shape) / total
+        total = before[0, 0].sum() + COUNTING
+        p: NDArray[np.float64] = (higher + self._ties.random((count, STEP)) * equal).reshape(bins.shape) / total
         return p
 
     def bet(self, bins: NDArray[np.intp]) -> None:

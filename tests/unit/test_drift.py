@@ -13,7 +13,6 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.conftest import tiny_guarantees, tiny_manifest
 
 from trivium.kernels import HeadStatistics
-from trivium.runtime import drift as module
 from trivium.runtime.drift import (
     BLOCK,
     CELLS,
@@ -83,11 +82,11 @@ def test_p_values_are_those_of_their_definition() -> None:
     for _ in range(2):
         bins = rng.integers(0, 7, (2, BLOCK))
         p = test.p_values(bins)
-        theta = ties.random(bins.shape)
+        theta = ties.random(BLOCK)
         for row in range(2):
             for at, bin in enumerate(bins[row]):
                 counts[row, bin] += 1
-                expected = counts[row, bin + 1 :].sum() + theta[row, at] * counts[row, bin]
+                expected = counts[row, bin + 1 :].sum() + theta[at] * counts[row, bin]
                 assert p[row, at] == pytest.approx(expected / counts[row].sum(), rel=1e-12)
 
 
@@ -107,11 +106,11 @@ def test_p_values_are_uniform_however_small_the_reference() -> None:
 
 
 def test_false_alarms_are_as_rare_as_promised(make: Any) -> None:
-    """30 streams of 20 blocks at a run length of 80: an alarm with probability at most a quarter in each.
+    """20 streams of 20 blocks at a run length of 80: an alarm with probability at most a quarter in each.
 
     The same bets on the calibration pictures' histogram alone take its own error for drift.
     """
-    streams, blocks, run_length = 30, 20, 80
+    streams, blocks, run_length = 20, 20, 80
     alarmed = {"stream": 0, "histogram alone": 0}
     for compared in alarmed:
         rng = np.random.default_rng(3)
@@ -124,7 +123,7 @@ def test_false_alarms_are_as_rare_as_promised(make: Any) -> None:
             alarmed[compared] += drift.alarms > 0
     share = blocks / run_length
     assert alarmed["stream"] <= streams * share + 2 * np.sqrt(streams * share * (1 - share))
-    assert alarmed["histogram alone"] > 0.9 * streams
+    assert alarmed["histogram alone"] > 2 * share * streams
 
 
 @pytest.mark.parametrize("before", [0, 40])
@@ -292,4 +291,3 @@ def test_a_bet_pays_for_what_it_bets_on() -> None:
     best = LOG_BETS[:, 0].max()
     assert test.evidence == pytest.approx(BLOCK * best + float(LOG_WEIGHTS[LOG_BETS[:, 0].argmax()]), rel=1e-3)
     assert log(CELLS) > best
-    assert module.BLOCK % module.STEP == 0
