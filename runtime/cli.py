@@ -22,6 +22,7 @@ COMMANDS = {
     "serve": ("cpu", "serve bundles over gRPC"),
     "top": ("cpu", "watch a running server"),
     "predict": ("cpu", "classify picture files with a bundle, or by a server"),
+    "feedback": ("cpu", "compare a server's logged answers with labels that came later"),
     "score": ("cpu,score", "answer many pictures offline, into Parquet files"),
 }
 """Subcommand -> (extra that brings its packages, one line of help)."""
