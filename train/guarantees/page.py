@@ -186,7 +186,7 @@ def markdown(found: Verified) -> str:
     lines = [
         f"### {found.model}",
         "",
-        f"{found.splits} splits of {pool} pictures: {found.tuning:,} for choices, {found.calibration:,} for the "
+        f"{found.splits} splits of {sum(found.data.values()):,} pictures ({pool}): {found.tuning:,} for choices, {found.calibration:,} for the "
         f"promises, {found.test:,} to test. Mixture: {mixture}. Default router: {default}. `{found.command}`",
         "",
         *grid(sets.heads, [row for row in sets.rows if row[0] in (default, "guard", "clean")], 2),
