@@ -180,20 +180,22 @@ def markdown(found: Verified) -> str:
     pool = " + ".join(f"{name} {count:,}" for name, count in found.data.items())
     sets, risks, mixtures = sets_table(found), risks_table(found), conditions_table(found)
     bounds = {percent(bound) for bound in (0.02, 0.05, 0.1, 0.2)}
+    others = {(name, found.settings.score) for name in ("clean", "guard")}
     asked = [row for row in mixtures.rows if (row[1], row[2]) not in LEFT_OUT]
     shift, removed = found.shift, found.removed
     worst, *_, best = sorted(shift.kinds, key=shift.kinds.__getitem__)
     lines = [
         f"### {found.model}",
         "",
-        f"{found.splits} splits of {sum(found.data.values()):,} pictures ({pool}): {found.tuning:,} for choices, {found.calibration:,} for the "
-        f"promises, {found.test:,} to test. Mixture: {mixture}. Default router: {default}. `{found.command}`",
+        f"{found.splits} splits of {sum(found.data.values()):,} pictures ({pool}): {found.tuning:,} for choices, "
+        f"{found.calibration:,} for the promises, {found.test:,} to test. Mixture: {mixture}. Default router: "
+        f"{default}. `{found.command}`",
         "",
-        *grid(sets.heads, [row for row in sets.rows if row[0] in (default, "guard", "clean")], 2),
+        *grid(sets.heads, [row for row in sets.rows if row[0] == default or (row[0], row[1]) in others], 2),
         "",
         *grid(
             risks.heads,
-            [row for row in risks.rows if row[0] in (default, "guard") and (row[1] == "its own" or row[2] in bounds)],
+            [row for row in risks.rows if row[0] == default and (row[1] == "its own" or row[2] in bounds)],
             2,
         ),
         "",
@@ -246,7 +248,10 @@ def put_figures(page: Path, found: Verified) -> None:
         blocks = {block.split("\n", 1)[0]: block for block in old.strip().split("\n### ") if block.strip()}
         blocks = {name.removeprefix("### "): block.removeprefix("### ") for name, block in blocks.items()}
         plot = page.with_name(f"{page.stem}-{found.model}.svg")
-        image = f"\n![Coverage, broken bounds and answers of {found.model}]({plot.name})\n"
+        image = (
+            f"\n![Coverage, broken bounds and answers of {found.model}]({plot.name})\n\nBlue: lac, the population, the "
+        )
+        "share answered. Orange: raps, the test part, the error among answers. Shaded: 95 % of the splits.\n"
         blocks[found.model] = (markdown(found) + image).removeprefix("### ")
         body = "\n".join(f"### {block.strip()}\n" for _, block in sorted(blocks.items()))
         page.write_text(f"{before}{begin}\n\n{body}\n{end}{after}", encoding="utf-8")
