@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_guarantees_calibrate import HALF, manifest, views
+from tests.unit.test_guarantees_calibrate import HALF, manifest, views
 
 from trivium.kernels import HeadStatistics
 from trivium.runtime.bundle import Manifest
