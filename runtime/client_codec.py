@@ -177,7 +177,7 @@ def write_request(
             message.parameters["priority"].int64_param = priority
         for name, level in (("coverage", coverage), ("max_risk", max_risk)):
             if level is not None:
-                # as text: Triton hands no doubles on to its Python back end
+                # text is exact, by whatever way a server hands it on
                 message.parameters[name].string_param = repr(float(level))
     except (TypeError, ValueError) as error:
         raise InvalidRequest(f"the request cannot be written: {error}") from None
