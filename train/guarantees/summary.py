@@ -60,7 +60,8 @@ def router_table(manifest: Manifest, guarantees: Guarantees, calibration: Views)
     risks = [risk for risk in guarantees.risks if risk in {*SHOWN_RISKS, guarantees.max_risk}]
     table = Table(
         box=SIMPLE_HEAD,
-        title_justify="left",
+        collapse_padding=True,
+        pad_edge=False,
         caption_justify="left",
         caption=f"sets of this coverage by {guarantees.score}: threshold and mean number of classes; % of pictures "
         "answered if at most so many answers may be wrong, by probability, entropy or information, - where that is not "
