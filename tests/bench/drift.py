@@ -31,7 +31,7 @@ STREAM, SOON = 50_000, 2_000
 WINDOW, RUN_LENGTH = 1_000, 10_000_000
 """The server's defaults."""
 GIVE_UP = 20_000
-ROUNDS = 40
+ROUNDS = 10
 QUIET = f"{STREAM:,} clean"
 Rows = NDArray[np.intp]
 
@@ -132,9 +132,9 @@ def main() -> None:
         found[title].append(answers.until_alarm(drift, again, 0, rng))
 
     print(
-        f"{predictor.manifest.name}, {arguments.seeds} seeds, {answers.count:,} test pictures, run length {RUN_LENGTH:,}"
+        f"{predictor.manifest.name}: {answers.count:,} test pictures, {arguments.seeds} seeds; {CALIBRATION:,} drawn to"
     )
-    print(f"{CALIBRATION:,} calibration pictures, bins by {TUNING:,} others\n")
+    print(f"calibrate, {TUNING:,} for the bins; run length {RUN_LENGTH:,}\n")
     print("| stream | alarms | pictures until the alarm |\n|---|---|---|")
     for title in sorted(found, key=[QUIET, *found].index):
         delays = [delay for delay in found[title] if delay is not None]
