@@ -35,7 +35,8 @@ def test_every_setting_is_a_flag_a_variable_and_a_key(tmp_path: Path) -> None:
         "batch": 2, "max_delay_ms": 3.0, "preferred_batches": "1,2", "shed_late": True,
         "inline_ms": 0.5, "max_batch": 4, "max_queue": 5, "max_message_bytes": 6000, "max_queue_bytes": 7000,
         "max_picture_bytes": 8000, "max_picture_pixels": 9, "grace_seconds": 1.5, "drain_seconds": 2.5,
-        "ready_file": "r", "drift_window": 5, "drift_run_length": 10_000, "log_level": "debug", "repository": "d", "keep_versions": 2, "watch": True,
+        "ready_file": "r", "drift_window": 5, "drift_run_length": 10_000,
+        "log_level": "debug", "repository": "d", "keep_versions": 2, "watch": True,
         "tls_cert": "c", "tls_key": "k", "tls_client_ca": "a", "tokens": "t",
         "log_format": "json", "access_log": True, "trace_endpoint": "http://c:4317", "trace_ratio": 0.5,
     }  # fmt: skip
