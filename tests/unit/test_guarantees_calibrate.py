@@ -8,11 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_calibrate import DROPOUT, PREPROCESSING, answers, statistics_of
+from tests.unit.test_calibrate import DROPOUT, PREPROCESSING, answers, statistics_of
 
 from trivium.kernels import HeadStatistics
 from trivium.runtime.bundle import Manifest
 from trivium.runtime.errors import ConfigError
+from trivium.runtime.guarantees import SetScore
 from trivium.runtime.predictor import Predictor
 from trivium.runtime.promises import confidence, conformity_scores
 from trivium.runtime.router import route, shift_probability
@@ -84,7 +85,7 @@ def test_fewer_pictures_than_needed_have_no_quantile(coverage: float, needed: in
 
 
 @pytest.mark.parametrize("score", ["lac", "raps"])
-def test_coverage_is_exact_in_finite_samples(score: str) -> None:
+def test_coverage_is_exact_in_finite_samples(score: SetScore) -> None:
     # with n calibration pictures and no ties, coverage averages ceil((n + 1) c) / (n + 1) exactly (Vovk et al. 2005)
     draw = np.random.default_rng(1)
     n, trials, coverage = 33, 3000, 0.93
@@ -194,6 +195,7 @@ def test_every_router_gets_thresholds_that_keep_their_promise_on_fresh_views() -
         wrong = routed.class_id != fresh.labels
         for risk in certified_risks(guarantees, name):
             least = own.least[guarantees.risks.index(risk)]
+            assert least is not None
             assert wrong[ranked >= least].mean() < risk + 0.02
     assert 0.05 in certified_risks(guarantees, "combined") or 0.1 in certified_risks(guarantees, "combined")
 
@@ -250,6 +252,7 @@ def test_the_bundles_own_risk_leaves_four_fifths_answered_or_is_what_was_asked_f
     assert guarantees.max_risk is not None
     own = guarantees.routers["combined"]
     least = own.least[guarantees.risks.index(guarantees.max_risk)]
+    assert least is not None
     ranked = confidence(route(calibration.statistics, manifest()), calibration.statistics, manifest(), own.confidence)
     assert (ranked >= least).mean() > 0.7
     asked, _ = guarantees_of(manifest(), tuning, calibration, Settings(max_risk=0.17, coverage=0.925))
