@@ -21,11 +21,11 @@ from trivium.runtime.guarantees import SetScore
 from trivium.runtime.predictor import Predictor
 
 from .calibration.calibrate import describe
-from .evaluate_cli import bar
 from .guarantees.calibrate import Settings, calibrate_bundle
 from .guarantees.data import CalibrationSplit, calibration_data
 from .guarantees.summary import show
 from .guarantees.views import COMPONENTS, parse_mixture
+from .progress import bar
 
 DEFAULT = Settings()
 MIX = ",".join(f"{name}={part:g}" for name, part in DEFAULT.mixture.items())

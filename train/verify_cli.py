@@ -15,7 +15,6 @@ from trivium.runtime.predictor import Predictor
 
 from .calibrate_cli import share
 from .data.shift_sets import beside, open_shift
-from .evaluate_cli import bar
 from .evaluation.report import percent
 from .guarantees.calibrate import Settings
 from .guarantees.data import calibration_data
@@ -24,6 +23,7 @@ from .guarantees.pool import Source, look_at, sources_of
 from .guarantees.verified import Verified, write_verified
 from .guarantees.verify import SHARE, SPLITS, verify
 from .guarantees.views import COMPONENTS, parse_mixture
+from .progress import bar
 
 RESULTS, REPORT, CACHE = "guarantees.json", "guarantees.html", "pool.npz"
 

@@ -85,7 +85,7 @@ class BundleSubject:
 
 
 class CheckpointSubject:
-    """A checkpoint, calibrated on its own calibration split the way export does it."""
+    """A checkpoint, calibrated on the whole of its calibration split; export leaves a part to the guarantees."""
 
     kind: Literal["bundle", "checkpoint"] = "checkpoint"
     original_is: str | None = "the checkpoint's own original classifier"
