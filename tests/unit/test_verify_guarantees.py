@@ -149,6 +149,7 @@ def test_the_page_and_the_figures_are_made_of_what_was_found(found: Verified, tm
     assert once.startswith("before\n")
     assert once.endswith("after\n")
     assert once.count(f"### {found.model}") == 1
+    assert "Shaded: 95 % of the splits.\n\n" in once
     assert (tmp_path / f"PAGE-{found.model}.svg").read_text().startswith("<svg xmlns=")
     page.write_text("nothing")
     with pytest.raises(ConfigError, match="no part between"):

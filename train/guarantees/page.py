@@ -250,8 +250,8 @@ def put_figures(page: Path, found: Verified) -> None:
         plot = page.with_name(f"{page.stem}-{found.model}.svg")
         image = (
             f"\n![Coverage, broken bounds and answers of {found.model}]({plot.name})\n\nBlue: lac, the population, the "
+            "share answered. Orange: raps, the test part, the error among answers. Shaded: 95 % of the splits.\n"
         )
-        "share answered. Orange: raps, the test part, the error among answers. Shaded: 95 % of the splits.\n"
         blocks[found.model] = (markdown(found) + image).removeprefix("### ")
         body = "\n".join(f"### {block.strip()}\n" for _, block in sorted(blocks.items()))
         page.write_text(f"{before}{begin}\n\n{body}\n{end}{after}", encoding="utf-8")
