@@ -331,7 +331,7 @@ def test_predict_by_a_server_names_what_cannot_be_answered(server: ServerProcess
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (["--server", "URL", "IMAGE"], "URL has 2 models, name one of: single, tiny"),
+        (["--server", "URL", "IMAGE"], "URL has 3 models, name one of: guaranteed, single, tiny"),
         (["--server", "URL", "--model", "nobody", "IMAGE"], "'nobody'"),
         (["--server", "URL", "--model", "tiny", "--router", "best", "IMAGE"], "unknown router 'best'; this model has:"),
         (["--server", "URL", "--model", "tiny", "--kernels", "on", "IMAGE"], "--kernels is of use only with a bundle"),
