@@ -18,7 +18,7 @@ from trivium.runtime.bundle import Manifest
 from trivium.runtime.client_codec import read_response
 from trivium.runtime.errors import InvalidRequest
 from trivium.runtime.predictor import Predictor
-from trivium.runtime.promises import terms
+from trivium.runtime.promises import Terms, terms
 from trivium.runtime.scheduler import NORMAL, URGENT
 from trivium.runtime.wire import (
     EVERY,
@@ -211,13 +211,18 @@ def test_levels_are_read_as_numbers_or_text(guaranteed: Predictor) -> None:
     manifest = guaranteed.manifest
     assert read_request(with_parameters(), manifest, 4).outputs == tuple(EVERY)
     asked = {"coverage": {"double_param": 0.93}, "max_risk": {"string_param": "0.2"}}
-    expected = terms(manifest, "mean", 0.95, 0.2, tuple(EVERY))
-    assert expected is not None
-    expected = expected._replace(coverage=0.93)  # asked for, and promised
-    assert read_request(with_parameters(router={"string_param": "mean"}, **asked), manifest, 4).terms == expected
+
+    def expected(router: str | None, outputs: tuple[str, ...]) -> Terms:
+        higher = terms(manifest, router, 0.95, 0.2, outputs)
+        assert higher is not None
+        return higher._replace(coverage=0.93)  # what was asked for is what is promised
+
+    assert read_request(with_parameters(router={"string_param": "mean"}, **asked), manifest, 4).terms == expected(
+        "mean", tuple(EVERY)
+    )
     part = with_parameters(**asked)
     part.outputs.add(name="abstain")
-    assert read_request(part, manifest, 4).terms == terms(manifest, None, 0.95, 0.2, ("abstain",))
+    assert read_request(part, manifest, 4).terms == expected(None, ("abstain",))
 
 
 @pytest.mark.parametrize(
