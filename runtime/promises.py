@@ -27,6 +27,8 @@ PROMISED = ("prediction_set", "abstain", "shift_score")
 LEVELS = ("coverage", "max_risk")
 """Parameters of a request to such a model."""
 WITHOUT = "its bundle has no guarantees; run: trivium calibrate BUNDLE"
+LEAST = 5e-324
+"""Nothing positive is less: what stands in for 0 where a logarithm is taken that is then multiplied by 0."""
 _ONE = int(np.float32(1).view(np.uint32))
 
 
@@ -248,12 +250,13 @@ def confidence(routed: Routed, statistics: HeadStatistics, manifest: Manifest, k
     if kind == "predictive_entropy":
         exact = routed.probabilities.astype(np.float64)
         # a running sum has one order, whatever the number of pictures
-        total: Floats = (exact * np.log(np.where(exact > 0, exact, 1))).cumsum(1)[:, -1]
+        total: Floats = (exact * np.log(np.maximum(exact, LEAST))).cumsum(1)[:, -1]
         return total
-    information = statistics.mutual_information.astype(np.float64)
     if routed.weights is None:
-        own: Floats = -information[:, [manifest.heads.index(head) for head in routed.head[:1]]].sum(1)
+        k = manifest.heads.index(routed.head[0]) if routed.head else 0
+        own: Floats = np.negative(statistics.mutual_information[:, k], dtype=np.float64)
         return own
+    information = statistics.mutual_information.astype(np.float64)
     mixed = np.zeros(len(information))
     for k, weight in enumerate(routed.weights.T):
         # the NaN of a head without weight must not spread
