@@ -115,7 +115,8 @@ def routed(model: onnx.ModelProto, manifest: Manifest, images: NDArray[np.uint8]
         model: with the folded router.
     """
     compiled = session(model)
-    names, record = [*OUTPUTS, *outputs(folded(manifest))], folded(manifest)
+    record = folded(manifest)
+    names = [*OUTPUTS, *outputs(record)]
     answers = [compiled.run(names, {IMAGE: images[i : i + 1]}) for i in range(len(images))]
     columns = dict(zip(names, (np.concatenate(column) for column in zip(*answers, strict=True)), strict=True))
     statistics = HeadStatistics(*(columns.pop(name) for name in OUTPUTS))

@@ -41,9 +41,7 @@ def show(report: Report, confidence: float) -> None:
             table.add_row(
                 start,
                 f"{row.model}/{row.version}",
-                {"accuracy": "accuracy", "coverage": "sets hold the label", "risk": "errors among answers"}[
-                    row.measure
-                ],
+                NAMES[row.measure],
                 bound,
                 str(row.pictures),
                 "–" if row.share is None else f"{row.share:.4f}",

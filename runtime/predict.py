@@ -215,7 +215,7 @@ def record(path: str, prediction: Prediction, names: Names, top: int) -> dict[st
     promised: dict[str, Any] = {}
     if prediction.prediction_set is not None:
         promised = {
-            "prediction_set": [names.classes[i] for i in _set(prediction)],
+            "prediction_set": [names.classes[i] for i in set_of(prediction)],
             "abstain": prediction.abstain,
             "shift_score": prediction.shift_score,
         }
@@ -241,7 +241,7 @@ def record(path: str, prediction: Prediction, names: Names, top: int) -> dict[st
     }
 
 
-def _set(prediction: Prediction) -> list[int]:
+def set_of(prediction: Prediction) -> list[int]:
     """The classes of a prediction's set, the most probable first."""
     assert prediction.prediction_set is not None, "asked where the bundle has guarantees"
     inside = np.flatnonzero(prediction.prediction_set)
@@ -287,7 +287,7 @@ def print_table(rows: Sequence[tuple[str, Prediction]], names: Names, top: int) 
             clean, robust = names.heads.index("clean"), names.heads.index("robust")
             cells.append(f"{prediction.divergence[clean, robust]:.3f}")
         if guaranteed:
-            labels = [names.classes[i] for i in _set(prediction)]
+            labels = [names.classes[i] for i in set_of(prediction)]
             more = [f"and {len(labels) - SET} more"] if len(labels) > SET else []
             cells += [", ".join(labels[:SET] + more), "abstains" if prediction.abstain else ""]
             cells.append(f"{prediction.shift_score:.3f}")

@@ -19,7 +19,7 @@ from trivium.kernels import HeadStatistics
 
 from .bundle import Manifest
 from .errors import InvalidRequest
-from .guarantees import Confidence, Guarantees, SetScore
+from .guarantees import Confidence, Guarantees, RouterGuarantees, SetScore
 from .router import Floats, Routed, shift_probability, unknown_router
 
 PROMISED = ("prediction_set", "abstain", "shift_score")
@@ -78,8 +78,8 @@ def terms(
     elif found.max_risk is None:
         least = -inf
     else:
-        usable = own.least[: bisect_right(found.risks, found.max_risk)]
-        least = next((one for one in reversed(usable) if one is not None), inf)
+        certified = certified_least(found, own, found.max_risk)
+        least = inf if certified is None else certified
     return Terms(
         own.lac[level] if found.score == "lac" else own.raps[level],
         own.confidence,
@@ -171,6 +171,12 @@ def coverage_level(found: Guarantees, coverage: float) -> int:
     levels = found.coverages
     _within("coverage", coverage, levels[0], levels[-1])
     return bisect_left(levels, coverage)
+
+
+def certified_least(found: Guarantees, own: RouterGuarantees, max_risk: float) -> float | None:
+    """The least confidence at the highest risk up to this one that was certified for a router; None where none was."""
+    usable = own.least[: bisect_right(found.risks, max_risk)]
+    return next((least for least in reversed(usable) if least is not None), None)
 
 
 def risk_level(found: Guarantees, router: str, max_risk: float) -> int:

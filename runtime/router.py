@@ -260,8 +260,7 @@ def _guard(statistics: HeadStatistics, manifest: Manifest) -> Choice:
     shifted = shift_probability(statistics, rule, manifest.heads) > rule.threshold
     clean = manifest.heads.index("clean")
     if rule.base in manifest.heads:
-        index = np.full(len(shifted), manifest.heads.index(rule.base))
-        return _single(np.where(shifted, index, clean), manifest)
+        return _single(np.where(shifted, manifest.heads.index(rule.base), clean), manifest)
     weights, labels = RULES[rule.base](statistics, manifest)
     unmoved = np.eye(len(manifest.heads))[clean]
     return Choice(

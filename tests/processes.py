@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,6 +19,18 @@ from prometheus_client.parser import text_string_to_metric_families
 
 START_SECONDS = 60
 """A loaded machine is slow to start anything; tests of the start-up time look at the process's own clock."""
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of 127.0.0.1 on which nobody listens now, all different."""
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [int(one.getsockname()[1]) for one in sockets]
+    finally:
+        for one in sockets:
+            one.close()
 
 
 def stop(process: subprocess.Popen[Any], number: signal.Signals, seconds: float) -> int:

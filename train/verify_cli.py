@@ -132,7 +132,7 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog=sys.argv[0], description=(
         "Verify what trivium calibrate promises: look once at a pool of labelled pictures, then calibrate on part of "
         "it again and again and measure coverage, risk and harm on the rest. Writes guarantees.json and "
-        "guarantees.html; what the bundle said of the pictures is kept, so that a repetition takes seconds."
+        "guarantees.html; what the bundle said of the pictures is kept, so that a repetition asks nothing again."
     ))  # fmt: skip
     p.add_argument("bundle", metavar="BUNDLE", help="a bundle (directory), with guarantees or without")
     p.add_argument(

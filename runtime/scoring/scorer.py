@@ -7,12 +7,10 @@ from socket import gethostname
 from time import process_time, thread_time
 from typing import NamedTuple
 
-import numpy as np
-
 from .. import memory
 from ..bundle import printable
 from ..errors import DigestMismatch, EngineError, InvalidPicture
-from ..predict import answering
+from ..predict import answering, set_of
 from ..predictor import Predictor, Timings
 from ..promises import terms
 from .inputs import Picture
@@ -113,9 +111,6 @@ class Scorer:
                 rows.append(Row(picture.path, picture.key, error=str(error)))
                 continue
             own = answering(answer.head, self._heads)
-            chosen = None if answer.prediction_set is None else np.flatnonzero(answer.prediction_set)
-            if chosen is not None:
-                chosen = chosen[np.argsort(-answer.probabilities[chosen], kind="stable")]
             rows.append(
                 Row(
                     path=picture.path,
@@ -126,7 +121,7 @@ class Scorer:
                     confidence=float(answer.probabilities[answer.class_id]),
                     predictive_entropy=float(answer.predictive_entropy[own].mean()),
                     mutual_information=float(answer.mutual_information[own].mean()),
-                    set=None if chosen is None else [self._classes[i] for i in chosen],
+                    set=None if answer.prediction_set is None else [self._classes[i] for i in set_of(answer)],
                     abstain=answer.abstain,
                     shift_score=answer.shift_score,
                 )

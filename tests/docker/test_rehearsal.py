@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import socket
 import subprocess
 import sys
 import tempfile
@@ -17,6 +16,7 @@ import numpy as np
 import pytest
 import tritonclient.grpc as triton
 from numpy.typing import NDArray
+from tests.processes import free_ports
 from tests.triton.server import Unavailable, unpack
 
 from trivium.export.triton import write_repository
@@ -48,12 +48,6 @@ def root() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="trivium-image-") as folder:
         Path(folder).chmod(0o755)
         yield Path(folder) / "root"
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
 
 
 def healthy(rehearsal: Rehearsal, words: list[str], **changes: str) -> bool:
@@ -99,7 +93,8 @@ def test_cpu(python: Path, root: Path, tiny_bundle: Path, some_pictures: NDArray
     assert not any(path.name == "pip" for path in (root / "opt/trivium").rglob("bin/*")), "no installer in the image"
     copy_readable(tiny_bundle, root / "bundle")
     before = written(root)
-    ports = {"TRIVIUM_GRPC_PORT": str(free_port()), "TRIVIUM_HTTP_PORT": str(free_port())}
+    grpc, http = free_ports(2)
+    ports = {"TRIVIUM_GRPC_PORT": str(grpc), "TRIVIUM_HTTP_PORT": str(http)}
     changes = ports | {"TRIVIUM_INSTANCES": "1", "TRIVIUM_GRACE_SECONDS": "1"}
     check = image.command("HEALTHCHECK")
     assert not healthy(rehearsal, check, **changes), "nothing runs yet"
@@ -128,7 +123,7 @@ def test_triton(root: Path, tiny_bundle: Path, some_pictures: NDArray[np.uint8])
     make_readable(root / "models")
     rehearsal.environment["LD_LIBRARY_PATH"] = installation.environment()["LD_LIBRARY_PATH"]
     rehearsal.environment["PATH"] += f":{installation.tritonserver / 'bin'}"
-    http, grpc, metrics = (free_port() for _ in range(3))
+    http, grpc, metrics = free_ports(3)
     ports = [f"--http-port={http}", f"--grpc-port={grpc}", f"--metrics-port={metrics}"]
     check = [word.replace("8000", str(http)) for word in image.command("HEALTHCHECK")]
     back_ends = f"--backend-directory={installation.tritonserver / 'backends'}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from tests.processes import stop
+from tests.processes import free_ports, stop
 
 SHIPPED = Path(__file__).parents[2] / "docker/envoy/envoy.yaml"
 START_SECONDS = 60
@@ -34,7 +33,7 @@ class Envoy:
     """
 
     def __init__(self, program: str, urls: Sequence[str], folder: Path) -> None:
-        grpc, metrics, admin = _free_ports(3)
+        grpc, metrics, admin = free_ports(3)
         self.url, self._admin = f"127.0.0.1:{grpc}", f"127.0.0.1:{admin}"
         config = folder / "envoy.yaml"
         config.write_text(yaml.safe_dump(here(yaml.safe_load(SHIPPED.read_text()), urls, grpc, metrics, admin)))
@@ -83,14 +82,3 @@ def here(config: dict[str, Any], urls: Sequence[str], grpc: int, metrics: int, a
     for listener in config["static_resources"]["listeners"]:
         listener["address"] = address({"grpc": grpc, "metrics": metrics}[listener["name"]])
     return config
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [int(one.getsockname()[1]) for one in sockets]
-    finally:
-        for one in sockets:
-            one.close()

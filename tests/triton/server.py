@@ -15,7 +15,6 @@ import os
 import platform
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import sysconfig
@@ -200,7 +199,7 @@ class TritonServer:
         log: Path,
         arguments: Sequence[str] = (),
     ) -> None:
-        http, grpc, metrics = _free_ports(3)
+        http, grpc, metrics = processes.free_ports(3)
         self.url = f"127.0.0.1:{grpc}"
         self.http = f"127.0.0.1:{http}"
         self.metrics_url = f"http://127.0.0.1:{metrics}/metrics"
@@ -238,17 +237,6 @@ class TritonServer:
                 return bool(response.status == 200)
         except (urllib.error.URLError, OSError):
             return False
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [int(one.getsockname()[1]) for one in sockets]
-    finally:
-        for one in sockets:
-            one.close()
 
 
 def main() -> None:

@@ -12,13 +12,13 @@ from trivium.kernels import HeadStatistics
 from trivium.runtime.bundle import Manifest
 from trivium.runtime.errors import ConfigError
 from trivium.runtime.guarantees import Guarantees, RouterGuarantees
-from trivium.runtime.promises import confidence
+from trivium.runtime.promises import certified_least, confidence
 from trivium.runtime.router import route
 from trivium.train.guarantees.calibrate import Settings, conformity, guarantees_of, with_guarantees
 from trivium.train.guarantees.page import BEGIN, END, put_figures, render
 from trivium.train.guarantees.plots import ticks
 from trivium.train.guarantees.pool import Pool, read, write
-from trivium.train.guarantees.trials import SPLIT, Trials, threshold
+from trivium.train.guarantees.trials import SPLIT, Trials
 from trivium.train.guarantees.verified import Verified, read_verified, write_verified
 from trivium.train.guarantees.verify import coverage_row, verify
 
@@ -62,7 +62,7 @@ def test_what_is_measured_is_what_a_server_would_answer(pool: Pool, model: Manif
         held = sets[np.arange(len(wrong)), test.labels]
         assert trials.record.mean("coverage", router, "lac", 0.9) == pytest.approx(held.mean())
         assert trials.record.mean("size", router, "lac", 0.9) == pytest.approx(sets.sum(1).mean())
-        least = threshold(promised, own, 0.3)
+        least = certified_least(promised, own, 0.3)
         assert least is not None
         answered = confidence(routed, test.statistics, whole, own.confidence) >= least
         assert trials.record.mean(SPLIT, router, 0.3, "answered") == pytest.approx(answered.mean())

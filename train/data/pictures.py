@@ -38,6 +38,8 @@ from .sources import (
     verified,
 )
 
+NAMED = ("fashion-mnist", "renditions", "digits")
+"""Data that is found by its name, without a path."""
 MEMORY = 512 << 20
 """Bytes of prepared pictures that a split may keep in memory; a larger one is decoded anew for every batch."""
 RESAMPLING = {
@@ -342,7 +344,7 @@ def parse_spec(text: str, **settings: Any) -> DataSpec:
     Raises: ConfigError.
     """
     path = Path(text)
-    if text in ("fashion-mnist", "renditions", "digits"):
+    if text in NAMED:
         return DataSpec(kind=text, **settings)  # type: ignore[arg-type]
     if path.suffix.lower() == ".tar":
         return DataSpec(kind="webdataset", root=path, **settings)

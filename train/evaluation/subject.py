@@ -21,7 +21,7 @@ from ..calibration.calibrate import calibrate
 from ..calibration.comparison import provisional
 from ..calibration.observe import Observer
 from ..checkpoint import CHECKPOINT, load_student
-from ..data.pictures import load_described
+from ..data.pictures import NAMED, load_described
 
 if TYPE_CHECKING:
     from trivium.runtime.scoring.actors import ActorEngine
@@ -79,7 +79,7 @@ class BundleSubject:
         data = self.manifest.provenance.get("data")
         # A bundle names no directories, so only what is found without one can be opened again.
         kind = (data.get("spec") or {}).get("kind") if isinstance(data, dict) else None
-        if kind not in ("fashion-mnist", "renditions", "digits"):
+        if kind not in NAMED:
             return None
         return data
 

@@ -230,8 +230,9 @@ def thresholds_of(
     router: str, manifest: Manifest, tuning: Views, calibration: Views, settings: Settings
 ) -> RouterGuarantees:
     """The thresholds of one router's sets and abstention."""
-    ranked = {kind: confidences(router, manifest, tuning, kind) for kind in CONFIDENCES}
-    tuning_errors = route(tuning.statistics, manifest, router).class_id != tuning.labels
+    tuned = route(tuning.statistics, manifest, router)
+    ranked = {kind: confidence(tuned, tuning.statistics, manifest, kind) for kind in CONFIDENCES}
+    tuning_errors = tuned.class_id != tuning.labels
     chosen = choose_confidence(ranked, tuning_errors)
     routed = route(calibration.statistics, manifest, router)
     right = np.arange(len(calibration)), calibration.labels
@@ -257,20 +258,15 @@ def conformity(routed: Routed, settings: Settings, score: SetScore) -> Floats:
     )
 
 
-def confidences(router: str, manifest: Manifest, views: Views, kind: Confidence) -> Floats:
-    """What a router's answers to N views are ranked by, [N]."""
-    return confidence(route(views.statistics, manifest, router), views.statistics, manifest, kind)
-
-
 def own_risk(manifest: Manifest, tuning: Views, own: RouterGuarantees, settings: Settings) -> float | None:
     """The least risk that leaves ANSWERED of the pictures answered, for the default router.
 
     Chosen as if the tuning part were all there is, so that the choice does not bias the promise; a level that then was
     not certified gives way to the next that was. None where there is none.
     """
-    router = manifest.router.default
-    ranked = confidences(router, manifest, tuning, own.confidence)
-    errors = route(tuning.statistics, manifest, router).class_id != tuning.labels
+    routed = route(tuning.statistics, manifest)
+    ranked = confidence(routed, tuning.statistics, manifest, own.confidence)
+    errors = routed.class_id != tuning.labels
     tuned = certify(ranked, errors, ranked, errors, settings.risks, settings.delta)
     for place, (least, certified) in enumerate(zip(tuned, own.least, strict=True)):
         if least is not None and certified is not None and (ranked >= least).mean() >= ANSWERED:

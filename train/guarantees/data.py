@@ -12,10 +12,8 @@ from trivium.runtime.bundle import Manifest
 from trivium.runtime.errors import ConfigError
 
 from ..calibration.calibrate import drawn
-from ..data.pictures import Pictures, load_described, load_pictures, load_same, load_whole, parse_spec
+from ..data.pictures import NAMED, Pictures, load_described, load_pictures, load_same, load_whole, parse_spec
 
-NAMED = ("fashion-mnist", "renditions", "digits")
-"""Data that is found without a path, which no bundle records."""
 CalibrationSplit = Literal["calibration", "test", "all"]
 
 

@@ -19,7 +19,7 @@ from trivium.kernels import HeadStatistics
 from trivium.runtime.bundle import GuardRule, Manifest
 from trivium.runtime.errors import ConfigError
 from trivium.runtime.guarantees import Confidence, Guarantees, RouterGuarantees, SetScore
-from trivium.runtime.promises import confidence
+from trivium.runtime.promises import certified_least, confidence
 from trivium.runtime.router import Routed, route, shift_probability
 
 from ..calibration.observe import CLEAN
@@ -110,13 +110,6 @@ def either(which: Flags, yes: Answers, no: Answers) -> Answers:
         {name: np.where(which[:, None], scores, no.scores[name]) for name, scores in yes.scores.items()},
         {kind: np.where(which, values, no.confidence[kind]) for kind, values in yes.confidence.items()},
     )
-
-
-def threshold(found: Guarantees, own: RouterGuarantees, max_risk: float) -> float | None:
-    """The confidence at which a request for this risk is answered, as a server decides it: that of the highest level
-    certified up to it; None where it is refused."""
-    usable = [least for risk, least in zip(found.risks, own.least, strict=True) if risk <= max_risk]
-    return next((least for least in reversed(usable) if least is not None), None)
 
 
 class Trial(NamedTuple):
@@ -220,7 +213,7 @@ class Trials:
                 asked.append(("own", found.max_risk))
                 self.record.add(found.max_risk, where, name, "own", "asked")
             for key, max_risk in asked:
-                least = None if max_risk is None else threshold(found, own, max_risk)
+                least = None if max_risk is None else certified_least(found, own, max_risk)
                 answered, risk = (None, None) if least is None else answers.selective(own, least, rows)
                 self.record.add(answered, where, name, key, "answered")
                 self.record.add(risk, where, name, key, "risk")
@@ -283,7 +276,7 @@ class Trials:
                 calibrated[CLEAN] = thresholds_of(router, self.manifest, on_clean[0], on_clean[1], self.settings)
             for on, own in calibrated.items():
                 quantiles = own.lac if self.settings.score == "lac" else own.raps
-                least = None if found.max_risk is None else threshold(found, own, found.max_risk)
+                least = None if found.max_risk is None else certified_least(found, own, found.max_risk)
                 for about, (answers, rows) in asked.items():
                     if not len(rows):
                         continue

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from tests.processes import free_ports
 from tritonclient.grpc import service_pb2
 
 from .environments import InstallFailed, environment
 from .pictures import Picture
-from .servers import Answer, Server, Unavailable, bytes_message, free_port, image_message, read_v2
+from .servers import Answer, Server, Unavailable, bytes_message, image_message, read_v2
 
 if TYPE_CHECKING:
     from tests.triton.server import Installation
@@ -128,7 +129,8 @@ def _mlserver_command(binaries: Path, folder: Path, model: str, workers: int) ->
     (settings / "model-settings.json").write_text(json.dumps(implementation))
 
     def command(port: int) -> list[str]:
-        server = {"host": "127.0.0.1", "grpc_port": port, "http_port": free_port(), "metrics_port": free_port()}
+        http, metrics = free_ports(2)
+        server = {"host": "127.0.0.1", "grpc_port": port, "http_port": http, "metrics_port": metrics}
         (settings / "settings.json").write_text(json.dumps(server | {"parallel_workers": workers, "debug": False}))
         return [str(binaries / "mlserver"), "start", str(settings)]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ from typing import Literal
 import numpy as np
 import psutil
 from numpy.typing import NDArray
+from tests.processes import free_ports
 from tritonclient.grpc import service_pb2
 
 from . import load
@@ -132,7 +132,7 @@ def running(server: Server, program: Path, folder: Path) -> Iterator[Running]:
     folder.mkdir(parents=True, exist_ok=True)
     body, log = folder / f"{server.name}.request", folder / f"{server.name}.log"
     body.write_bytes(server.body)
-    port = free_port()
+    (port,) = free_ports(1)
     target = load.Target(port, server.protocol, server.path, server.content_type, body)
     with log.open("wb") as output:
         start = time.monotonic()
@@ -180,12 +180,6 @@ def _first_answer(server: Running, program: Path, end: float, log: Path) -> byte
         if time.monotonic() > end:
             raise Unavailable(f"no answer within {START_SECONDS:g} s ({reason}); see {log}")
         time.sleep(0.05)
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def trivium(bundle: Path, instances: int, picture: Picture, expected: Answer, *, jpeg: bool = False) -> Server:
