@@ -3,9 +3,11 @@
     python -m tests.scale.capacity                   measures, compares, projects; writes build/bench/capacity.json
     python -m tests.scale.capacity --docs docker     also capacity.svg and the tables of CAPACITY.md
 
-Calibration: one replica alone and, for how much they slow each other down, one on each core; a closed loop of one
-client each. Predicted from that, and compared: four replicas on the same cores, in a closed loop and in open ones.
-Calibration and runs take turns, so that both see the same machine; what else it does stands beside the figures.
+Calibration, by a client for each replica that asks again as soon as it is answered: one replica alone; one on each
+core, for how much they slow each other down; one more, for what sharing a core costs. And all, each asked now and
+then, for what a picture takes that finds its replica idle. Predicted from that, and compared: four replicas on the
+same cores under load, in a closed loop and in open ones. Calibration and runs take turns, so that both see the same
+machine; what else it does stands beside the figures.
 """
 
 from __future__ import annotations
@@ -39,6 +41,8 @@ CLIENTS = 2
 """Of each replica in the closed loop."""
 OPEN_CLIENTS = 64
 """Of each in an open one: as many as may wait for it."""
+SPARSE_RATE = 2.5
+"""Requests a second of each replica that hardly ever meet."""
 THROUGHPUT, P99 = 0.10, 0.20
 """How far the simulation may be off."""
 SIMULATED_REQUESTS = 200_000
@@ -99,8 +103,12 @@ class Results:
     """Of one picture, in a server that runs alone."""
     service_ms: float
     """The same by the clock, seen by its client."""
+    cold_ms: float
+    """The same of a replica that had nothing to do before."""
     slowdown: float
     """Of it where every core has a replica that is busy."""
+    sharing: float
+    """What is left of the cores' speed where more replicas are busy than there are cores."""
     others: float
     """Threads of other programs that wanted the cores meanwhile."""
     rate: float
@@ -151,6 +159,35 @@ class Replicas:
         seeds = range(self._seed, self._seed + len(chosen))
         self._seed += len(chosen)
         return list(pool.map(lambda one, seed: ask(one.target, seed=seed), chosen, seeds))
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What the simulation is told: visits of few replicas, and of idle ones."""
+
+    cores: int
+    alone: list[Visit] = field(default_factory=list)
+    """One replica, always busy."""
+    busy: list[Visit] = field(default_factory=list)
+    """One on every core."""
+    sharing: list[Visit] = field(default_factory=list)
+    """One more than there are cores."""
+    sparse: list[Visit] = field(default_factory=list)
+    """All, each asked so seldom that it has nothing to do."""
+
+    def service(self) -> Service:
+        warm, cold = _seconds(self.alone), _seconds(self.sparse)
+        others = float(np.mean([one.others for one in (*self.alone, *self.busy)]))
+        # evenly less with each core that is busy
+        least = min(1.0, float(warm.mean() / _seconds(self.busy).mean()))
+        speeds = tuple(np.linspace(1.0, least, self.cores).tolist()) if self.cores > 1 else (1.0,)
+        fair = Service(warm, cold, speeds, others=others).speed(self.cores + 1)
+        shared = float(warm.mean() / _seconds(self.sharing).mean())
+        return Service(warm, cold, speeds, min(1.0, shared / fair), others)
+
+
+def _seconds(visits: Sequence[Visit]) -> NDArray[np.float64]:
+    return np.concatenate([one.latencies for one in visits])
 
 
 class Runnable(threading.Thread):
@@ -213,8 +250,7 @@ def compare(given: argparse.Namespace) -> tuple[Results, Service]:
     picture = pictures.picture(bundle)
     server = servers.trivium(bundle, 1, picture, pictures.expected(bundle, picture.pixels))
     cores = min(usable_cpus(), given.replicas)
-    alone: list[Visit] = []
-    together: list[Visit] = []
+    seen = Calibration(cores)
     closed: list[Visit] = []
     opened: dict[float, list[Visit]] = {}
     with ExitStack() as stack:
@@ -225,24 +261,28 @@ def compare(given: argparse.Namespace) -> tuple[Results, Service]:
             running[-1].pause()
         replicas = Replicas(running, program)
         for _ in range(given.rounds):
-            alone.append(replicas.visit(1, 1, given.seconds / 3))
-            together.append(replicas.visit(cores, 1, given.seconds / 3))
+            seen.alone.append(replicas.visit(1, 1, given.seconds / 3))
+            seen.busy.append(replicas.visit(cores, 1, given.seconds / 3))
+            seen.sharing.append(replicas.visit(cores + 1, 1, given.seconds / 3))
+            seen.sparse.append(replicas.visit(given.replicas, 1, given.seconds, SPARSE_RATE * given.replicas))
             if not opened:
                 # the rates of all rounds
-                simulated = closed_loop(calibrated(alone, together, cores), given.replicas, CLIENTS, 60)
+                simulated = closed_loop(seen.service(), given.replicas, CLIENTS, 60)
                 capacity = len(simulated.latencies) / 60
                 opened = {round(share * capacity, 1): [] for share in given.open}
             closed.append(replicas.visit(given.replicas, CLIENTS, given.seconds / 3))
             for rate, visits in opened.items():
                 visits.append(replicas.visit(given.replicas, OPEN_CLIENTS, given.seconds, rate))
-    service = calibrated(alone, together, cores)
+    service = seen.service()
     results = Results(
         model=picture.model,
         cores=cores,
         replicas=given.replicas,
-        cpu_ms=float(np.mean([one.cpu_ms for one in alone])),
+        cpu_ms=float(np.mean([one.cpu_ms for one in seen.alone])),
         service_ms=1e3 * float(service.seconds.mean()),
+        cold_ms=1e3 * float(_seconds(seen.sparse).mean()),
         slowdown=1 / service.speeds[-1],
+        sharing=service.sharing,
         others=service.others,
         rate=given.rate,
     )
@@ -255,22 +295,14 @@ def compare(given: argparse.Namespace) -> tuple[Results, Service]:
         text = f"open, {rate:g}/s"
         results.compared.append(compared(text, visits, found, len(found.latencies) / seconds))
         shares = np.linspace(0.005, 0.995, 100)
-        real = np.concatenate([one.latencies for one in visits])
+        real = _seconds(visits)
         for name, values in (("real", real), ("simulated", found.latencies)):
             results.latencies_ms[name] = (1e3 * np.quantile(values, shares)).round(3).tolist()
     return results, service
 
 
-def calibrated(alone: Sequence[Visit], together: Sequence[Visit], cores: int) -> Service:
-    """Times of a replica alone, its speed where the cores are busy, evenly less with each that is, and who else is."""
-    seconds = np.concatenate([one.latencies for one in alone])
-    least = min(1.0, float(seconds.mean() / np.concatenate([one.latencies for one in together]).mean()))
-    others = float(np.mean([one.others for one in (*alone, *together)]))
-    return Service(seconds, tuple(np.linspace(1.0, least, cores).tolist()) if cores > 1 else (1.0,), others)
-
-
 def compared(text: str, visits: Sequence[Visit], found: Outcome, simulated_rps: float) -> Compared:
-    real = np.concatenate([one.latencies for one in visits])
+    real = _seconds(visits)
     p50, p99 = quantiles_ms(real)
     simulated_p50, simulated_p99 = quantiles_ms(found.latencies)
     return Compared(
@@ -293,9 +325,11 @@ def quantiles_ms(seconds: NDArray[np.float64]) -> tuple[float, float]:
 def project(results: Results, service: Service) -> None:
     """A load that no one machine bears: how busy replicas may be, and what the autoscaler makes of a step."""
     # on cores of its own, all of them busy, a picture takes its CPU time, and varies as it was measured to
-    mean = 1e-3 * results.cpu_ms * results.slowdown
-    dedicated = Service(service.seconds * mean / service.seconds.mean(), (1.0,) * WORKERS)
-    needed = results.rate * float(dedicated.seconds.mean()) / WORKERS
+    scale = 1e-3 * results.cpu_ms * results.slowdown / service.seconds.mean()
+    cold = scale * (service.seconds if service.cold is None else service.cold)
+    dedicated = Service(scale * service.seconds, cold, (1.0,) * WORKERS)
+    # where there are enough, most find a worker that is idle
+    needed = results.rate * float(cold.mean()) / WORKERS
     plan = partial(Plan, service=dedicated, workers=WORKERS)
     for utilisation in UTILISATIONS:
         count = round(needed / utilisation)

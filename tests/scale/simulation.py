@@ -33,10 +33,14 @@ class Service:
     """What requests cost."""
 
     seconds: NDArray[np.float64]
-    """Measured, each of one request that had a machine to itself."""
+    """Measured, each of one request that had a machine to itself, and whose worker came from another."""
+    cold: NDArray[np.float64] | None = None
+    """The same where the worker had nothing to do before, and the caches held something else; None: alike."""
     speeds: tuple[float, ...] = (1.0,)
     """How fast each runs where 1, 2, ... run on a machine, against one alone; one for each core. More than there are
     cores share them equally."""
+    sharing: float = 1.0
+    """What of the cores' speed is left where more run than there are cores, and push each other out of the caches."""
     others: float = 0.0
     """Threads of other programs that want the same cores, as fair shares of them go."""
 
@@ -44,7 +48,7 @@ class Service:
         cores = len(self.speeds)
         if running <= cores:
             return self.speeds[running - 1]
-        return self.speeds[-1] * (cores + self.others) / (running + self.others)
+        return self.speeds[-1] * self.sharing * (cores + self.others) / (running + self.others)
 
 
 class Job:
@@ -68,14 +72,18 @@ class Machine:
         self._clock = self._since = 0.0
         self._ends: list[tuple[float, int, Job]] = []
         self._turn = self._serial = 0
-        self._drawn: list[float] = []
+        warm = service.seconds
+        self._measured = (warm, warm if service.cold is None else service.cold)
+        self._drawn: tuple[list[float], list[float]] = [], []
 
-    def begin(self, job: Job) -> None:
+    def begin(self, job: Job, *, cold: bool) -> None:
+        """Give it a share of the cores; cold: its worker had nothing to do before."""
         self._advance()
-        if not self._drawn:
-            self._drawn = self._rng.choice(self._service.seconds, BLOCK).tolist()
+        drawn = self._drawn[cold]
+        if not drawn:
+            drawn += self._rng.choice(self._measured[cold], BLOCK).tolist()
         self._serial += 1
-        heappush(self._ends, (self._clock + self._drawn.pop(), self._serial, job))
+        heappush(self._ends, (self._clock + drawn.pop(), self._serial, job))
         self._foresee()
 
     def drop(self, jobs: set[Job]) -> None:
@@ -116,6 +124,8 @@ class Replica:
         self.alive = True
         self.queue_seconds = self.busy_seconds = 0.0
         self.answered = 0
+        self._freed = -1.0
+        """When it last answered."""
 
     def take(self, job: Job) -> bool:
         """Queue a request; False where there is no room."""
@@ -137,6 +147,7 @@ class Replica:
         self._running.remove(job)
         self.answered += 1
         self.busy_seconds += self._env.now - job.begun
+        self._freed = self._env.now
         if self._queue:
             self._begin(self._queue.popleft())
         job.done(job)
@@ -151,7 +162,7 @@ class Replica:
         self._running.add(job)
         job.begun = self._env.now
         self.queue_seconds += job.begun - job.entered
-        self._machine.begin(job)
+        self._machine.begin(job, cold=bool(self._env.now > self._freed))
 
 
 class Client:

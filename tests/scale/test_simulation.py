@@ -12,14 +12,14 @@ import pytest
 
 pytest.importorskip("simpy")
 from . import page
-from .capacity import Compared, Results, Steady, Visit, calibrated
+from .capacity import Calibration, Compared, Results, Steady, Visit
 from .cluster import Autoscaler, Cluster, Plan
 from .simulation import Service, closed_loop, open_loop
 
 RANDOM = np.random.default_rng(0).exponential(1.0, 100_000)
 """Seconds of service, mean 1."""
 FOUR = (1.0,) * 4
-TEN_MS = Service(np.full(1, 0.01), FOUR)
+TEN_MS = Service(np.full(1, 0.01), speeds=FOUR)
 
 
 def test_one_server_is_the_queue_m_m_1() -> None:
@@ -30,7 +30,7 @@ def test_one_server_is_the_queue_m_m_1() -> None:
 
 
 def test_replicas_with_cores_of_their_own_do_not_meet() -> None:
-    found = open_loop(Service(RANDOM, FOUR), 4, 2.4, 8_000).latencies
+    found = open_loop(Service(RANDOM, speeds=FOUR), 4, 2.4, 8_000).latencies
     assert found.mean() == pytest.approx(2.5, rel=0.08)
 
 
@@ -42,21 +42,36 @@ def test_replicas_that_share_a_core_answer_as_much_as_one() -> None:
 def test_a_closed_loop_answers_what_the_cores_can() -> None:
     constant = np.full(1, 0.01)
     for speeds, expected in (((1.0,), 100), ((1.0, 1.0), 200), ((1.0, 0.8), 160), (FOUR, 400)):
-        found = closed_loop(Service(constant, speeds), replicas=4, clients=2, seconds=10)
+        found = closed_loop(Service(constant, speeds=speeds), replicas=4, clients=2, seconds=10)
         assert len(found.latencies) / 10 == pytest.approx(expected, rel=0.01)
         # of 8 requests under way each waits for all the others
         assert np.median(found.latencies) == pytest.approx(8 / expected, rel=0.02)
 
 
-def test_calibration_is_of_one_replica_alone_and_of_busy_cores() -> None:
-    alone, busy = (Visit(np.full(10, seconds), 0.0, 0.0, 3.0) for seconds in (0.010, 0.0125))
-    service = calibrated([alone], [busy], 2)
+def test_calibration_is_of_few_replicas_and_of_idle_ones() -> None:
+    def visits(seconds: float) -> list[Visit]:
+        return [Visit(np.full(10, seconds), 0.0, 0.0, 3.0)]
+
+    # three share two cores with three others: five shared them before, now six, and a tenth is lost besides
+    sharing = visits(0.0125 * 6 / 5 / 0.9)
+    service = Calibration(2, visits(0.010), visits(0.0125), sharing, visits(0.013)).service()
     assert service.speeds == (1.0, pytest.approx(0.8))
     assert service.others == 3.0
-    # with three others on two cores: five shared them, now seven do
-    assert service.speed(4) == pytest.approx(0.8 * 5 / 7)
-    assert replace(service, others=0.0).speed(4) == pytest.approx(0.4)
-    assert calibrated([alone], [alone], 1).speeds == (1.0,)
+    assert service.sharing == pytest.approx(0.9)
+    assert service.cold is not None
+    assert service.cold.mean() == pytest.approx(0.013)
+    assert service.speed(4) == pytest.approx(0.8 * 0.9 * 5 / 7)
+    assert replace(service, others=0.0).speed(4) == pytest.approx(0.8 * 0.9 / 2)
+    alone = visits(0.010)
+    assert Calibration(1, alone, alone, visits(0.02), alone).service().speeds == (1.0,)
+
+
+def test_a_worker_that_was_idle_takes_the_cold_time() -> None:
+    service = Service(np.full(1, 0.010), np.full(1, 0.013), FOUR)
+    busy = closed_loop(service, 1, 1, 1).latencies
+    assert busy[0] == pytest.approx(0.013), "the first"
+    assert busy[1:] == pytest.approx(0.010), "the client asks again at once"
+    assert np.median(open_loop(service, 1, 0.1, 5_000).latencies) == pytest.approx(0.013)
 
 
 def test_a_death_is_a_retry_and_nothing_is_lost() -> None:
@@ -108,7 +123,7 @@ def test_the_autoscaler_does_as_documented() -> None:
 
 
 def test_a_step_of_load_gets_more_replicas() -> None:
-    slow = Service(np.full(1, 0.1), FOUR)
+    slow = Service(np.full(1, 0.1), speeds=FOUR)
     plan = Plan(slow, [(0.0, 80.0), (30.0, 160.0)], seconds=150, replicas=3)
     cluster = Cluster(plan, Autoscaler.shipped(12))
     found = cluster.run()
@@ -126,7 +141,7 @@ def results() -> Results:
         "p99_ms": [10.0, None, 12.0], "replicas": [1, 1, 2], "asked": 250, "lost": 5, "failures": {"UNAVAILABLE": 1},
     }  # fmt: skip
     return Results(
-        "lite0", 2, 4, 9.0, 9.5, 1.1, 0.1, 10_000, [one], {"real": quantiles, "simulated": quantiles},
+        "lite0", 2, 4, 9.0, 9.5, 11.0, 1.1, 0.9, 0.1, 10_000, [one], {"real": quantiles, "simulated": quantiles},
         [Steady(0.7, 36, 10.0, 20.0, 12, 0)], scaling,
     )  # fmt: skip
 
