@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from importlib.metadata import EntryPoint, entry_points, version
@@ -44,7 +45,7 @@ def main() -> None:
         raise SystemExit(2)
     sys.argv[:2] = [f"trivium {name}"]
     try:
-        load(found[name])()
+        call(found[name])
     except TriviumError as error:
         print(f"trivium {name}: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
@@ -55,13 +56,13 @@ def main() -> None:
         raise SystemExit(141) from None
 
 
-def load(entry: EntryPoint):  # type: ignore[no-untyped-def]
-    """The function behind a subcommand.
+def call(entry: EntryPoint) -> None:
+    """Carry out a subcommand.
 
-    Raises: MissingExtra, with the pip line to run, where a package of its stage is absent.
+    Raises: MissingExtra, with the pip line to run, where a package of its stage is absent; what the subcommand raises.
     """
     try:
-        return entry.load()
+        entry.load()()
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] == "trivium":
             raise
@@ -69,6 +70,13 @@ def load(entry: EntryPoint):  # type: ignore[no-untyped-def]
         raise MissingExtra(
             f"the package {error.name.split('.')[0]!r} is not installed; run: pip install 'trivium[{extra}]'"
         ) from None
+
+
+def positive(text: str) -> int:
+    """Of argparse: a whole number above 0."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
+    return int(text)
 
 
 def usage() -> str:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 import numpy as np
 
 from .bundle import printable
+from .cli import positive
 from .cpus import usable_cpus
 from .errors import ConfigError, InvalidPicture, InvalidRequest
 from .predictor import Prediction, Predictor
@@ -306,10 +307,3 @@ def _shared_folder(paths: Sequence[str]) -> str:
     except ValueError:  # some absolute, some relative
         return ""
     return shared if len(paths) > 1 and shared != os.sep else ""
-
-
-def positive(text: str) -> int:
-    """Of argparse: a whole number above 0."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
-    return int(text)

@@ -20,7 +20,8 @@ from ..cpus import usable_cpus
 from ..engine import Engine
 from ..errors import DigestMismatch, MissingExtra, ServerError, TriviumError
 from .pool import DEATHS
-from .scorer import Chunk, Scored, Scorer, Task
+from .scorer import Scorer
+from .work import Chunk, Scored, Task
 
 
 def load() -> Any:

@@ -8,48 +8,19 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import pyarrow
 import pyarrow.csv
 import pyarrow.parquet
 
-from ..errors import ConfigError, InvalidPicture, InvalidRequest
+from ..errors import ConfigError, InvalidRequest
 from ..predict import pictures
-from ..preprocess import Limits
 from ..shards import PICTURES, expanded, grouped, open_shard
+from .work import Picture
 
 COLUMN = "path"
 """Of a table, the one that is read."""
-
-
-class Picture(NamedTuple):
-    """Where a picture's bytes are."""
-
-    path: str
-    """What the output calls it: relative to the folder, as the table has it, or SHARD/MEMBER."""
-    key: str | None
-    """Of a shard's sample."""
-    file: str
-    """"" where the table has no path."""
-    offset: int
-    size: int
-    """Bytes from the offset on; -1 for all."""
-
-    def read(self, limits: Limits) -> bytes:
-        """The encoded picture, or one byte more than the limit.
-
-        Raises: InvalidPicture, which does not name the picture.
-        """
-        if not self.file:
-            raise InvalidPicture("the table has no path here")
-        wanted = limits.max_bytes + 1 if self.size < 0 else min(self.size, limits.max_bytes + 1)
-        try:
-            with open(self.file, "rb") as file:
-                file.seek(self.offset)
-                return file.read(wanted)
-        except (OSError, ValueError) as error:  # a NUL in a name is a ValueError
-            raise InvalidPicture(getattr(error, "strerror", None) or str(error)) from None
 
 
 class Input(ABC):
@@ -146,7 +117,8 @@ def open_input(where: str, root: Path | None) -> Input:
     found: Input
     if os.path.isdir(where):
         try:
-            found = Files(where, "folder", Path(where), [os.path.relpath(path, where) for path in pictures([where])])
+            below = os.path.join(Path(where), "")
+            found = Files(where, "folder", Path(where), [path.removeprefix(below) for path in pictures([where])])
         except InvalidRequest:
             if next(Path(where).rglob("*.tar"), None) is None:
                 raise

@@ -7,19 +7,22 @@ absent parts are what is left to do. The record, written before the first part, 
 from __future__ import annotations
 
 import fcntl
+import io
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
 import pyarrow
+import pyarrow.json
 import pyarrow.parquet
 from pydantic import Field, ValidationError
 
 from ..errors import ConfigError, ServerError
 from ..values import Strict
 from .inputs import Input
-from .scorer import Row, Scored
+from .work import PART_ROWS, Row, Scored
 
 RECORD = "_score.json"
 """Readers of a folder of Parquet files pass over names that begin with an underscore or a dot."""
@@ -96,8 +99,6 @@ class Parts:
     Raises: ConfigError where the directory is of something else, cannot be written or is in use.
     """
 
-    PART_ROWS = 1000
-
     def __init__(self, out: Path, bundle: ScoredBundle, pictures: Input, part_rows: int | None) -> None:
         self.out = out
         try:
@@ -117,15 +118,15 @@ class Parts:
             )
             if begun is not None:
                 refuse_another(out, begun, bundle, described, part_rows)
-            rows = begun.part_rows if begun else part_rows or self.PART_ROWS
+            rows = begun.part_rows if begun else part_rows or PART_ROWS
             self.record = begun or Record(bundle=bundle, input=described, part_rows=rows)
             kind = described.kind
-            self._columns = [
-                name
-                for name in TYPES
+            columns = [
+                (name, type_)
+                for name, type_ in TYPES.items()
                 if (name != "key" or kind == "shards") and (name not in GUARANTEES or bundle.guarantees)
             ]
-            self._schema = pyarrow.schema([(name, TYPES[name]) for name in self._columns])
+            self._schema = pyarrow.schema(columns)
             self.unreadable = 0
             self._missing = [number for number in range(-(-len(pictures) // rows)) if not self._is_there(number)]
             self._open: dict[int, dict[int, list[Row]]] = {}
@@ -178,8 +179,7 @@ class Parts:
         return True
 
     def _write(self, number: int, rows: list[Row]) -> None:
-        columns = {name: [getattr(row, name) for row in rows] for name in self._columns}
-        table = pyarrow.table(columns, schema=self._schema)
+        table = _table(rows, self._schema)
         part = PART.format(number)
         try:
             pyarrow.parquet.write_table(table, self.out / f".{part}")
@@ -237,8 +237,30 @@ def refuse_another(
     raise ConfigError(f"--out {out}: {reason}; choose another directory")
 
 
-def chunks(parts: list[range], size: int) -> Iterator[range]:
-    """Numbers of pictures to score at a time; none lies in two parts."""
+def chunks(parts: list[range], size: int, at_once: int) -> Iterator[range]:
+    """Numbers of pictures to score at a time; none lies in two parts.
+
+    Args:
+        size: the most of them.
+        at_once: chunks that are under way; towards the end they become smaller, so that all end at nearly one time.
+    """
+    left = sum(map(len, parts))
     for rows in parts:
-        for start in range(rows.start, rows.stop, size):
-            yield range(start, min(start + size, rows.stop))
+        start = rows.start
+        while start < rows.stop:
+            stop = min(start + size, start + max(1, left // (2 * at_once)), rows.stop)
+            yield range(start, stop)
+            left -= stop - start
+            start = stop
+
+
+def _table(rows: list[Row], schema: pyarrow.Schema) -> pyarrow.Table:
+    """Through JSON: given a list, Arrow first loads pandas, where it is installed, to see whether the list is one of
+    its columns, and that takes longer than all that is written here."""
+    given = ({name: value for name in schema.names if (value := getattr(row, name)) is not None} for row in rows)
+    text = "\n".join(map(json.dumps, given)).encode()
+    return pyarrow.json.read_json(
+        io.BytesIO(text),
+        pyarrow.json.ReadOptions(use_threads=False, block_size=len(text) + 1),
+        pyarrow.json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="error"),
+    )

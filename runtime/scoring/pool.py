@@ -6,6 +6,7 @@ The pool of the standard library gives up all work when one process dies.
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.forkserver
 import signal
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
 
 from ..errors import ServerError, TriviumError
-from .scorer import Chunk, Scored, Scorer, Task
+from .work import Chunk, Scored, Task
 
 AHEAD = 2
 """Chunks given to a process at a time, so that it need not wait for the next."""
@@ -21,6 +22,12 @@ SECONDS = 5.0
 """For a process to end when its connection has."""
 DEATHS = 3
 """Of the processes that had the same chunk, before the run gives up."""
+
+
+def prepare() -> None:
+    """Start the process that all others are forked from, which loads once what they need; without waiting for it."""
+    multiprocessing.set_forkserver_preload([f"{__package__}.scorer", "onnxruntime", "PIL.JpegImagePlugin"])
+    multiprocessing.forkserver.ensure_running()
 
 
 def scored(chunks: Iterator[Chunk], task: Task, workers: int, say: Callable[[str], None]) -> Iterator[Scored]:
@@ -31,9 +38,8 @@ def scored(chunks: Iterator[Chunk], task: Task, workers: int, say: Callable[[str
 
     Raises: what Scorer raises; ServerError where a chunk has killed DEATHS processes.
     """
+    prepare()
     context = multiprocessing.get_context("forkserver")
-    # imported once, however many processes there are
-    context.set_forkserver_preload([Scorer.__module__, "onnxruntime", "PIL.JpegImagePlugin"])
     again: deque[Chunk] = deque()
     deaths: Counter[int] = Counter()
     pool: list[_Process] = []
@@ -122,6 +128,9 @@ class _Process:
 def _work(connection: Connection, task: Task) -> None:
     # Ctrl-C is for the parent, whose end is the end of the connection
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # loaded in the process that this one was forked from
+    from .scorer import Scorer
+
     try:
         scorer = Scorer(task)
         while True:

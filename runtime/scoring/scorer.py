@@ -5,7 +5,9 @@ from __future__ import annotations
 from os import getpid
 from socket import gethostname
 from time import process_time, thread_time
-from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from .. import memory
 from ..bundle import printable
@@ -13,62 +15,7 @@ from ..errors import DigestMismatch, EngineError, InvalidPicture
 from ..predict import answering, set_of
 from ..predictor import Predictor, Timings
 from ..promises import terms
-from .inputs import Picture
-
-
-class Task(NamedTuple):
-    """What a scoring process is told once."""
-
-    bundle: str
-    digest: str
-    """SHA-256 of its manifest, which holds those of all its files."""
-    router: str
-    coverage: float | None = None
-    """Of the prediction sets, where not the bundle's own; and the risk below which it need not abstain."""
-    max_risk: float | None = None
-
-
-class Chunk(NamedTuple):
-    """Pictures that are scored at a time."""
-
-    start: int
-    """Number of the first."""
-    pictures: list[Picture]
-
-
-class Row(NamedTuple):
-    """The answer to one picture, or why there is none; the columns of the output."""
-
-    path: str
-    key: str | None = None
-    label: str | None = None
-    class_id: int | None = None
-    head: str | None = None
-    confidence: float | None = None
-    """Probability of the answer."""
-    predictive_entropy: float | None = None
-    """Nats, of the head that answered; the mean where several did."""
-    mutual_information: float | None = None
-    set: list[str] | None = None
-    """Classes of the prediction set, the likeliest first, of bundles with guarantees."""
-    abstain: bool | None = None
-    shift_score: float | None = None
-    error: str | None = None
-
-
-class Scored(NamedTuple):
-    """A chunk's rows, and what they cost."""
-
-    start: int
-    rows: list[Row]
-    decode: float
-    """CPU seconds of reading and decoding."""
-    compute: float
-    """CPU seconds in the engine."""
-    total: float
-    """CPU seconds of the process since its start."""
-    process: str
-    """Which one, as HOST:PID."""
+from .work import Chunk, Row, Scored, Task
 
 
 class Scorer:
@@ -119,11 +66,16 @@ class Scorer:
                     class_id=answer.class_id,
                     head=answer.head,
                     confidence=float(answer.probabilities[answer.class_id]),
-                    predictive_entropy=float(answer.predictive_entropy[own].mean()),
-                    mutual_information=float(answer.mutual_information[own].mean()),
+                    predictive_entropy=_mean(answer.predictive_entropy, own),
+                    mutual_information=_mean(answer.mutual_information, own),
                     set=None if answer.prediction_set is None else [self._classes[i] for i in set_of(answer)],
                     abstain=answer.abstain,
                     shift_score=answer.shift_score,
                 )
             )
         return Scored(chunk.start, rows, decode, compute, process_time(), self._name)
+
+
+def _mean(values: NDArray[np.float32], heads: list[int]) -> float:
+    """Over some heads, mostly one."""
+    return float(values[heads[0]] if len(heads) == 1 else values[heads].mean())

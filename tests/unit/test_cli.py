@@ -1,12 +1,13 @@
 """The `trivium` command: help, version, unknown commands, and the pip line where an extra is missing."""
 
+import importlib
 import subprocess
 import sys
 from importlib.metadata import EntryPoint, entry_points, version
 
 import pytest
 
-from trivium.runtime.cli import COMMANDS, load
+from trivium.runtime.cli import COMMANDS, call
 from trivium.runtime.errors import MissingExtra
 
 
@@ -36,7 +37,13 @@ def test_no_command_and_an_unknown_one_exit_with_2() -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_a_missing_extra_answers_with_the_pip_line() -> None:
-    entry = EntryPoint("train", "a_package_that_is_absent.cli:main", "trivium.commands")
+def starts() -> None:
+    """A subcommand that loads more only when it has begun."""
+    importlib.import_module("a_package_that_is_absent")
+
+
+@pytest.mark.parametrize("function", ["a_package_that_is_absent.cli:main", f"{__name__}:starts"])
+def test_a_missing_extra_answers_with_the_pip_line(function: str) -> None:
+    entry = EntryPoint("train", function, "trivium.commands")
     with pytest.raises(MissingExtra, match=r"'a_package_that_is_absent' is not installed; run: pip install 'trivium\["):
-        load(entry)
+        call(entry)

@@ -38,7 +38,7 @@ from trivium.runtime.score import main
 from trivium.runtime.scoring.inputs import open_input
 from trivium.runtime.scoring.parts import RECORD, Parts, ScoredBundle, chunks
 from trivium.runtime.scoring.pool import scored
-from trivium.runtime.scoring.scorer import Chunk, Task
+from trivium.runtime.scoring.work import Chunk, Task
 
 pytest.importorskip("onnxruntime", reason="needs onnxruntime: pip install 'trivium[cpu]'")
 
@@ -222,10 +222,22 @@ def test_two_thousand_pictures_and_kills(tiny_bundle: Path, two_thousand: Path, 
     assert found == rows(tmp_path / "whole")
 
 
+def test_chunks_lie_in_one_part_each_and_become_smaller() -> None:
+    found = list(chunks([range(100), range(100, 110), range(200, 340)], 16, 4))
+    assert [number for rows in found for number in rows] == [*range(110), *range(200, 340)]
+    assert not any(rows.start < 100 < rows.stop for rows in found)
+    sizes = list(map(len, found))
+    assert sizes[:6] == [16] * 6
+    assert sizes[-20:] == sorted(sizes[-20:], reverse=True)
+    # what the last four of eight pictures a chunk would be are one each
+    assert sizes[-8:] == [1] * 8
+    assert [len(rows) for rows in chunks([range(3)], 16, 4)] == [1, 1, 1]
+
+
 @pytest.fixture
 def work(tiny_bundle: Path, folder: Path) -> Iterator[Chunk]:
     pictures = open_input(str(folder), None)
-    return (Chunk(each.start, pictures.rows(each.start, each.stop)) for each in chunks([range(len(pictures))], 2))
+    return (Chunk(each.start, pictures.rows(each.start, each.stop)) for each in chunks([range(len(pictures))], 2, 1))
 
 
 def test_a_dead_process_is_replaced(tiny_bundle: Path, work: Iterator[Chunk]) -> None:
@@ -235,7 +247,8 @@ def test_a_dead_process_is_replaced(tiny_bundle: Path, work: Iterator[Chunk]) ->
     (worker,) = multiprocessing.active_children()
     os.kill(worker.pid or 0, signal.SIGKILL)
     found += answers
-    assert sorted(each.start for each in found) == list(range(0, 13, 2))
+    numbers = [each.start + row for each in found for row in range(len(each.rows))]
+    assert sorted(numbers) == list(range(13))
     assert len({each.process for each in found}) == 2
     assert said == ["a scoring process was killed (signal 9, as for want of memory); another takes its place"]
 
