@@ -439,10 +439,10 @@ def _encoded(manifest: Manifest) -> bytes:
 
 def digest(path: Path) -> str:
     """SHA-256 of a file, hexadecimal."""
+    hasher, block = hashlib.sha256(), memoryview(bytearray(1 << 20))
     with path.open("rb") as file:
-        hasher = hashlib.sha256()
-        while block := file.read(1 << 20):
-            hasher.update(block)
+        while count := file.readinto(block):
+            hasher.update(block[:count])
     return hasher.hexdigest()
 
 

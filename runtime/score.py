@@ -3,26 +3,44 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from .cli import positive
 from .scoring import pool
 from .scoring.work import PART_ROWS
 
+ALONE = {"OMP_NUM_THREADS": "1"}
+"""Environment of processes that share the cores with their like: libraries start no threads when they are loaded."""
+
 
 def main() -> None:
     """Score what is not scored yet; exit status 1 where no picture at all could be read."""
     arguments = _arguments()
-    if arguments.engine == "processes":
-        # of each process, for the libraries that it loads; what it runs has one in any case
-        os.environ.setdefault("OMP_NUM_THREADS", "1")
-        pool.prepare()
-    # not above: while the pool loads what every scoring process needs, this one loads what it needs itself
-    from .scoring.run import run
-
+    with environment(ALONE if arguments.engine == "processes" else {}):
+        if arguments.engine == "processes":
+            pool.prepare()
+        # not above: while the pool loads what every scoring process needs, this one loads what it needs itself
+        from .scoring.run import run
+    # all that is loaded stays to the end, which would look through it in vain
+    gc.freeze()
     run(arguments)
+
+
+@contextmanager
+def environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Variables for what is started and loaded meanwhile, save those that are set."""
+    added = {name: value for name, value in variables.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            del os.environ[name]
 
 
 def _arguments() -> argparse.Namespace:

@@ -45,12 +45,13 @@ def external_files(path: Path) -> set[str]:
 
 
 def _holds(file: BinaryIO, word: bytes) -> bool:
-    tail = b""
-    while block := file.read(BLOCK):
-        seen = tail + block
-        if word in seen:
+    # one block for all, begun by the end of the one before; zeros at first, of which the word has none
+    kept = len(word) - 1
+    block = bytearray(kept + BLOCK)
+    while count := file.readinto(memoryview(block)[kept:]):  # type: ignore[attr-defined]
+        if block.find(word, 0, kept + count) >= 0:
             return True
-        tail = seen[1 - len(word) :]
+        block[:kept] = block[count : kept + count]
     return False
 
 

@@ -1,9 +1,10 @@
 """`trivium score` beside its limit; python -m tests.bench.score, build/bench/score.json.
 
 The limit is two bare ONNX Runtime sessions on pictures that are decoded already, with the CPU time of reading and
-decoding, measured apart, added. Probed before and after every run; the run is counted from its start to its exit, with
-all processes that it starts. Efficiency is the limit's CPU time a picture over the run's; the speed is compared with
-what the probe's cores, as busy as others keep them, would have done of decoding and engine together.
+decoding added, measured apart, by two processes at a time. Probed before and after every run; the run is counted from
+its start to its exit, with all processes that it starts. Efficiency is the limit's CPU time a picture over the run's;
+the speed is compared with what the probe's cores, as busy as others keep them, would have done of decoding and engine
+together.
 """
 
 from __future__ import annotations
@@ -17,9 +18,12 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import astuple
+from itertools import cycle
+from multiprocessing import get_context
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 
 import numpy as np
 from PIL import Image
@@ -34,8 +38,10 @@ ROOT = Path(__file__).parents[2]
 SESSIONS = 2
 SIDE = 448
 """Pixels, as of pictures made for the web."""
-DECODED = 200
-"""Pictures whose decoding is timed."""
+DECODE_SECONDS = 1.5
+"""For which each of as many processes reads and decodes, all at the same time."""
+START_SECONDS = 0.5
+"""For these to be ready."""
 LEFT_SECONDS = 60.0
 """For processes that outlive the command to end."""
 PR_SET_CHILD_SUBREAPER = 36
@@ -57,9 +63,9 @@ def main() -> None:
         pictures.build("lite0", bundle)
     files = photographs(folder / "score-pictures", given.pictures)
     rows = []
-    with probing(bundle) as probe:
+    with probing(bundle) as probe, ProcessPoolExecutor(SESSIONS, get_context("spawn")) as decoders:
         for _ in range(given.rounds):
-            rows.append(visit(probe, bundle, files, given))
+            rows.append(visit(probe, decoders, bundle, files, given))
             print(line(rows[-1]), flush=True)
     found = {name: median(row[name] for row in rows) for name in rows[0]}
     given.out.write_text(json.dumps({"engine": given.engine, "median": found, "rounds": rows}, indent=2) + "\n")
@@ -82,11 +88,13 @@ def photographs(folder: Path, count: int) -> list[Path]:
     return files
 
 
-def visit(probe: Probe, bundle: Path, files: list[Path], given: argparse.Namespace) -> dict[str, float]:
+def visit(
+    probe: Probe, decoders: Executor, bundle: Path, files: list[Path], given: argparse.Namespace
+) -> dict[str, float]:
     """One run between two probes."""
-    before, decode = probe.measure(SESSIONS, given.seconds), decode_ms(bundle, files[:DECODED])
+    before, decode = probe.measure(SESSIONS, given.seconds), decode_ms(decoders, bundle, files)
     wall, cpu = run(bundle, files[0].parent.parent, given.out.parent / "score-out", given.engine)
-    after, decode_after = probe.measure(SESSIONS, given.seconds), decode_ms(bundle, files[-DECODED:])
+    after, decode_after = probe.measure(SESSIONS, given.seconds), decode_ms(decoders, bundle, files)
     engine = Limit(*(sum(pair) / 2 for pair in zip(astuple(before), astuple(after), strict=True)))
     decode = (decode + decode_after) / 2
     limit_ms = engine.cpu_ms + decode
@@ -102,14 +110,26 @@ def visit(probe: Probe, bundle: Path, files: list[Path], given: argparse.Namespa
     }
 
 
-def decode_ms(bundle: Path, files: list[Path]) -> float:
-    """CPU milliseconds of reading, decoding and preparing a picture, on one thread."""
+def decode_ms(decoders: Executor, bundle: Path, files: list[Path]) -> float:
+    """CPU milliseconds of reading, decoding and preparing a picture, by all processes at a time."""
+    begin = time.monotonic() + START_SECONDS
+    shares = [decoders.submit(decoded, bundle, files[number::SESSIONS], begin) for number in range(SESSIONS)]
+    return 1e3 * fmean(share.result() for share in shares)
+
+
+def decoded(bundle: Path, files: list[Path], begin: float) -> float:
+    """CPU seconds a picture."""
     preprocessing = read_manifest(bundle).preprocessing
     read_picture(files[0], preprocessing)
-    began = time.thread_time()
-    for file in files:
+    time.sleep(max(0.0, begin - time.monotonic()))
+    cpu, end = time.process_time(), begin + DECODE_SECONDS
+    count = 0
+    for file in cycle(files):
         read_picture(file, preprocessing)
-    return 1e3 * (time.thread_time() - began) / len(files)
+        count += 1
+        if time.monotonic() >= end:
+            break
+    return (time.process_time() - cpu) / count
 
 
 def run(bundle: Path, folder: Path, out: Path, engine: str) -> tuple[float, float]:
