@@ -15,7 +15,7 @@ from ..errors import DigestMismatch, EngineError, InvalidPicture
 from ..predict import answering, set_of
 from ..predictor import Predictor, Timings
 from ..promises import terms
-from .work import Chunk, Row, Scored, Task
+from .work import Chunk, Picture, Row, Scored, Task
 
 
 class Scorer:
@@ -38,20 +38,18 @@ class Scorer:
 
     def score(self, chunk: Chunk) -> Scored:
         """Raises: EngineError where the engine fails; what is wrong with a picture stands in its row."""
+        # all are decoded first: code and data of either half stay in the caches
+        start = thread_time()
+        images = [self._decoded(picture) for picture in chunk.pictures]
+        decode, compute = thread_time() - start, 0.0
         rows: list[Row] = []
-        decode = compute = 0.0
-        for picture in chunk.pictures:
-            start = thread_time()
-            try:
-                image = self._predictor.decode(picture.read(self._predictor.limits))
-            except InvalidPicture as error:
-                decode += thread_time() - start
-                rows.append(Row(picture.path, picture.key, error=printable(str(error))))
+        for picture, image in zip(chunk.pictures, images, strict=True):
+            if isinstance(image, str):
+                rows.append(Row(picture.path, picture.key, error=image))
                 continue
-            decoded = thread_time()
+            start = thread_time()
             statistics = self._predictor.engine.run(image[None])
-            computed = thread_time()
-            decode, compute = decode + decoded - start, compute + computed - decoded
+            compute += thread_time() - start
             try:
                 answer = self._predictor.answer(statistics, self._router, Timings(), self._terms)
             except EngineError as error:
@@ -74,6 +72,13 @@ class Scorer:
                 )
             )
         return Scored(chunk.start, rows, decode, compute, process_time(), self._name)
+
+    def _decoded(self, picture: Picture) -> NDArray[np.uint8] | str:
+        """The model's input, or what is wrong with the picture."""
+        try:
+            return self._predictor.decode(picture.read(self._predictor.limits))
+        except InvalidPicture as error:
+            return printable(str(error))
 
 
 def _mean(values: NDArray[np.float32], heads: list[int]) -> float:

@@ -50,7 +50,7 @@ PR_SET_CHILD_SUBREAPER = 36
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.score", description=__doc__.split("\n\n")[0])
     parser.add_argument("--pictures", type=int, default=2000, metavar="N")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=4.0, help="of each probe")
     parser.add_argument("--engine", choices=["processes", "ray"], default="processes")
     parser.add_argument("--out", type=Path, default=ROOT / "build/bench/score.json")
