@@ -84,6 +84,7 @@ def main() -> None:
                 curve=curve,
                 count=given.attack_pictures,
                 autoattack_count=given.autoattack_pictures,
+                autoattack_above=given.autoattack_above,
                 seed=given.seed,
                 progress=progress,
             )
@@ -160,7 +161,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--attacks", default=",".join(DEFAULT_ATTACKS), metavar="NAMES",
         help=f"with commas, of: {', '.join(ATTACKS)} (default: {','.join(DEFAULT_ATTACKS)}); AutoAttack, which is "
-        f"slow, is spared what PGD leaves no more than {100 * WORTH:g} %% right",
+        "slow, is tried where PGD leaves more than --autoattack-above right",
     )  # fmt: skip
     p.add_argument(
         "--attack-answerers", nargs="+", metavar="NAME", help="heads and routers to attack, original, or default "
@@ -172,6 +173,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--autoattack-pictures", type=int, metavar="N", help="those of them that AutoAttack is tried on (default: all)"
     )
+    p.add_argument(
+        "--autoattack-above", type=float, default=WORTH, metavar="SHARE",
+        help=f"that PGD must leave right for AutoAttack to be tried (default: {WORTH:g})",
+    )  # fmt: skip
     p.add_argument(
         "--eps-curve", default="", metavar="EPS,EPS...", help="further radii, for all attacks but AutoAttack: "
         "0,2/255,4/255",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -147,10 +148,12 @@ def test_a_linear_head_falls_exactly_where_its_margin_ends(system: System, pictu
 
 def test_autoattack_is_spared_what_pgd_breaks(system: System, pictures: Pictures) -> None:
     pytest.importorskip("pyautoattack", reason="pip install 'trivium[eval]'")
-    found = attack_system(
-        system, pictures, Threat("linf", 0.5), attacks=("pgd", "autoattack"), answerers=["full"], count=8
-    )
-    assert [(row.attack, row.accuracy) for row in found.rows] == [("pgd", 0.0)]
+    attacks = partial(attack_system, system, pictures, attacks=("pgd", "autoattack"), answerers=["full"], count=8)
+    strong, weak = Threat("linf", 0.5), Threat("linf", 1e-4)
+    assert [(row.attack, row.accuracy) for row in attacks(threat=strong).rows] == [("pgd", 0.0)]
+    assert [row.attack for row in attacks(threat=weak, autoattack_above=0.99).rows] == ["pgd"]
+    pgd, autoattack = attacks(threat=weak, autoattack_above=0.0).rows
+    assert 0.0 < autoattack.accuracy <= pgd.accuracy
 
 
 def command(*arguments: object) -> None:

@@ -96,6 +96,7 @@ def attack_system(
     curve: Sequence[float] = (),
     count: int | None = None,
     autoattack_count: int | None = None,
+    autoattack_above: float = WORTH,
     seed: int = 0,
     progress: Tell | None = None,
 ) -> Attacks:
@@ -111,6 +112,7 @@ def attack_system(
         curve: further radii, for all attacks but AutoAttack.
         count: pictures to attack at most, drawn by seed.
         autoattack_count: those of them that AutoAttack, which is slow, is tried on; None: all.
+        autoattack_above: the share that PGD must leave right for it to be tried.
         progress: told (attacks done, attacks in all).
 
     Raises: ConfigError where an answerer is unknown, or data and model do not fit.
@@ -131,7 +133,7 @@ def attack_system(
     ]
     rows = []
     for done, (target, attack, eps) in enumerate(plan):
-        if attack != "autoattack" or bench.accuracy(target, "pgd", eps) > WORTH:
+        if attack != "autoattack" or bench.accuracy(target, "pgd", eps) > autoattack_above:
             bench.run(target, attack, eps)
             rows.append(
                 Attacked(answerer=target, attack=attack, eps=short(eps), accuracy=bench.accuracy(target, attack, eps))

@@ -52,7 +52,7 @@ EXPLAINED = (
     "% but for the cost; mean ± standard deviation over seeds {seeds}. mCA: mean accuracy over the corruptions that "
     "neither training nor calibration saw, five severities each. Flips: pictures that the original got right and the "
     "row gets wrong. ECE: expected calibration error. Acc. at 80 %: of the surest 80 % of the corrupted pictures. "
-    "AutoAttack is tried where PGD leaves more than 5 %. CPU s: of training all that a row needs but its original. "
+    "AutoAttack: of rows that keep more than 5 % under PGD. CPU s: of training all that a row needs but its original. "
     "†: training drew views of this very kind."
 )
 
