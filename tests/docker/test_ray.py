@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from tests.processes import free_ports
 from tritonclient.grpc import service_pb2
 
 from trivium.runtime import Client
@@ -62,11 +62,7 @@ def application(tiny_bundle: Path) -> Iterator[str]:
     """The address of an application with one replica."""
     if find_spec("ray") is None or find_spec("ray.serve") is None or find_spec("starlette") is None:
         pytest.skip("Ray Serve is not installed: pip install 'ray[serve]'")
-    ports = []
-    for _ in range(2):
-        with socket.socket() as one:
-            one.bind(("127.0.0.1", 0))
-            ports.append(str(one.getsockname()[1]))
+    ports = [str(port) for port in free_ports(2)]
     environment = os.environ | {
         "PYTHONPATH": str(RAY),
         "OMP_NUM_THREADS": "1",

@@ -17,6 +17,7 @@ import pytest
 import yaml
 
 pytest.importorskip("torch", reason="training needs torch: pip install 'trivium[train]'")
+from tests.processes import free_ports
 from tests.unit.test_distributed import RECIPE, close
 
 SCRIPT = Path(__file__).parents[2] / "docker/training/hosts.sh"
@@ -80,9 +81,8 @@ def until(reached: Callable[[], bool], *hosts: subprocess.Popen[str]) -> None:
 
 
 def meeting_place() -> str:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{one.getsockname()[1]}"
+    (port,) = free_ports(1)
+    return f"127.0.0.1:{port}"
 
 
 def listening(place: str) -> bool:
