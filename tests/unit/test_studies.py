@@ -173,8 +173,11 @@ def test_tables_hold_mean_and_spread_over_the_seeds(finished: Path) -> None:
     ratio, difference = tables.compare(found, table)
     assert ratio["mean"] == pytest.approx(1.0)
     assert difference["values"] == pytest.approx([0.01, 0.01])
+    # of either seed the three stages once, and three evaluations
+    assert tables.spent(runs) == 2 * (100 + 5 + 7 + 3)
     document = json.loads(json.dumps(tables.document({"s": (found, jobs)})))
     text = tables.page(document)
+    assert "All runs together: 230 CPU-seconds" in text
     assert "| base | 91.0 ± 1.4 |" in text
     assert "| 70.0 ± 0.0 † |" in text
     assert "- second against base, clean: +1.0 ± 0.0 points" in text

@@ -83,6 +83,15 @@ def tabulate(study: Study, runs: Runs) -> Table:
     return table
 
 
+def spent(runs: Runs) -> float:
+    """CPU seconds of all runs: of training, a stage that several runs share counted once, and of evaluation."""
+    stages = {
+        (seed, stage, cost["cpu_seconds"]) for (_, seed), run in runs.items() for stage, cost in run.costs.items()
+    }
+    evaluated = sum(run.cpu_seconds + (run.attacks.cpu_seconds if run.attacks else 0) for run in runs.values())
+    return sum(seconds for *_, seconds in stages) + evaluated
+
+
 def seen(study: Study, runs: Runs) -> dict[str, list[str]]:
     """Row -> the columns of shifts of which training drew views, for rows where there are any."""
     found: dict[str, list[str]] = {}
@@ -124,6 +133,7 @@ def document(
             "data": first.data.model_dump(),
             "versions": first.versions,
             "left_out": first.left_out,
+            "cpu_seconds": round(spent(runs)),
             "rows": {
                 title: {measure: found._asdict() for measure, found in row.items()} for title, row in table.items()
             },
@@ -147,6 +157,9 @@ def page(document: Mapping[str, Any]) -> str:
         lines += [
             f"{data['pictures']} test pictures of {data['source']}, {data['corrupted']} of them corrupted. "
             + EXPLAINED.format(seeds=seeds),
+            "",
+            f"All runs together: {found['cpu_seconds']:,} CPU-seconds of training and evaluation; a stage that several "
+            "share counts once, the start of processes not at all.",
             "",
         ]
         cells = {}
