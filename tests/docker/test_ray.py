@@ -64,7 +64,7 @@ def application(tiny_bundle: Path) -> Iterator[str]:
         pytest.skip("Ray Serve is not installed: pip install 'ray[serve]'")
     ports = [str(port) for port in free_ports(2)]
     environment = os.environ | {
-        "PYTHONPATH": str(RAY),
+        "PYTHONPATH": os.pathsep.join([str(RAY), *filter(None, [os.environ.get("PYTHONPATH")])]),
         "OMP_NUM_THREADS": "1",
         "RAY_USAGE_STATS_ENABLED": "0",
         # on a busy machine Ray ends proxies that take longer than its 5 s to start, again and again
@@ -91,7 +91,7 @@ def test_the_application_answers_as_the_server_does(
 ) -> None:
     local = Predictor.load(tiny_bundle)
     with Client(application, timeout=60) as client:
-        assert client.metadata().heads == local.manifest.heads
+        assert list(client.metadata().heads) == local.manifest.heads
         for found, picture in zip(client.predict(list(some_pictures)), some_pictures, strict=True):
             assert np.array_equal(found.probabilities, local.infer(picture).probabilities)
         with pytest.raises(InvalidRequest, match="router"):
