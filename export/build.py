@@ -20,6 +20,7 @@ from trivium.runtime.bundle import Bundle, Calibration, Manifest, Quantization, 
 from trivium.runtime.engine import Engine
 from trivium.runtime.errors import ConfigError
 from trivium.runtime.predictor import Predictor
+from trivium.runtime.staging import staging
 from trivium.train.calibration.calibrate import calibrate, describe, drawn
 from trivium.train.guarantees.calibrate import Settings, calibrate_bundle, least_in_all
 from trivium.train.guarantees.summary import show
@@ -43,7 +44,7 @@ def build(source: Source, plan: Plan, console: Console) -> Result:
     begin = announcer(plan.steps(source), console)
     heads = list(source.classifier.head_names)
     pictures = None if plan.precision == "fp32" else real_pictures(source, plan)
-    with pack.staging(plan.bundle, plan.force) as root:
+    with staging(plan.bundle, plan.force) as root:
         begin("backbone")
         backbone = export_backbone(source.classifier, source.preprocessing)
         if source.pictures is not None:

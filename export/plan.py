@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from trivium.runtime.errors import ConfigError
+from trivium.runtime.staging import refuse_existing
 from trivium.runtime.tensorrt import library_version
 from trivium.train.guarantees.calibrate import Settings, least_in_all
 
-from .pack import refuse_existing
 from .source import Source
 
 Target = Literal["onnx", "triton", "tensorrt"]

@@ -14,10 +14,9 @@ from tritonclient.grpc import model_config_pb2 as pb
 from trivium.runtime.bundle import MANIFEST, Manifest, open_bundle
 from trivium.runtime.cpus import usable_cpus
 from trivium.runtime.errors import ConfigError
+from trivium.runtime.staging import staging
 from trivium.runtime.triton import BUNDLE, ENCODED, IMAGE
 from trivium.runtime.wire import config_parameters, outputs_of
-
-from .pack import staging
 
 CONFIG, REQUIREMENTS, MODEL = "config.pbtxt", "requirements.txt", "model.py"
 MODEL_PY = '''\

@@ -8,17 +8,16 @@ import math
 import os
 import shutil
 import sys
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import get_args
 
 from rich.console import Console
 
-from trivium.runtime.bundle import MANIFEST, Bundle, rewrite_manifest
+from trivium.runtime.bundle import MANIFEST, rewrite_manifest
 from trivium.runtime.errors import ConfigError
 from trivium.runtime.guarantees import SetScore
 from trivium.runtime.predictor import Predictor
+from trivium.runtime.staging import staging
 
 from .calibration.calibrate import describe
 from .guarantees.calibrate import Settings, calibrate_bundle
@@ -52,7 +51,9 @@ def main() -> None:
     data = describe(pictures) if given.split != "all" else describe(pictures).replace("test split", "all pictures")
     settings = settings.model_copy(update={"data": data})
     root = Path(given.bundle)
-    with contextlib.nullcontext(root) if given.out is None else copied(root, given.out, predictor.bundle) as target:
+    with contextlib.nullcontext(root) if given.out is None else staging(given.out) as target:
+        if given.out is not None:
+            shutil.copytree(root, target, dirs_exist_ok=True)
         with bar(console, "calibrating") as progress:
             found = calibrate_bundle(
                 predictor, pictures, settings, limit=given.pictures, order=order, progress=progress
@@ -60,32 +61,6 @@ def main() -> None:
         rewrite_manifest(target, found.manifest)
     show(found, console)
     console.print(f"wrote {(given.out or root) / MANIFEST}", markup=False)
-
-
-@contextlib.contextmanager
-def copied(root: Path, out: Path, bundle: Bundle) -> Iterator[Path]:
-    """A copy of a bundle that takes its name when the block ends well, and vanishes when it does not.
-
-    Raises: ConfigError where it cannot be written.
-    """
-    work = None
-    try:
-        try:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            work = Path(tempfile.mkdtemp(prefix=f".{out.name}.trivium-", dir=out.parent))
-            for name in [MANIFEST, *(file.path for file in bundle.manifest.files)]:
-                (work / "new" / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(root / name, work / "new" / name)
-        except OSError as error:
-            raise ConfigError(f"--out {out}: cannot be written ({error.strerror})") from None
-        yield work / "new"
-        try:
-            os.rename(work / "new", out)
-        except OSError as error:
-            raise ConfigError(f"--out {out}: cannot be written ({error.strerror})") from None
-    finally:
-        if work is not None:
-            shutil.rmtree(work, ignore_errors=True)
 
 
 def settings_of(given: argparse.Namespace) -> Settings:

@@ -9,12 +9,13 @@ import pytest
 
 from trivium.export import parity
 from trivium.export.labels import read_labels
-from trivium.export.pack import golden_pictures, staging
+from trivium.export.pack import golden_pictures
 from trivium.export.parity import Difference, ParityError, check, differences, tolerances
 from trivium.export.source import without_directories
 from trivium.kernels import HeadStatistics
 from trivium.runtime.bundle import MANIFEST, Preprocessing
 from trivium.runtime.errors import ConfigError
+from trivium.runtime.staging import staging
 
 PREPROCESSING = Preprocessing(height=20, width=30, mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2))
 

@@ -66,6 +66,7 @@ def build(model: str, target: Path) -> None:
     from trivium.export.graph import append_heads
     from trivium.export.onnx import masks_of
     from trivium.runtime.bundle import Dropout, Manifest
+    from trivium.runtime.staging import staging
 
     classes = 1000 if model == "lite0" else 10
     backbone, units, size = lite0() if model == "lite0" else tiny()
@@ -83,7 +84,7 @@ def build(model: str, target: Path) -> None:
         golden=pack.GOLDEN,
         files=pack.UNSEALED,
     )
-    with pack.staging(target) as root:
+    with staging(target) as root:
         pack.write(root, graph, manifest)
 
 
