@@ -7,7 +7,7 @@ import re
 import pytest
 
 from .architectures import ARCHITECTURES, Architecture
-from .trial import ROOT, outcome
+from .trial import DECIDING, ROOT, outcome
 
 PAGE = ROOT / "export" / "ZOO.md"
 NAMED = {"ResNet", "ConvNeXt", "EfficientNet", "ViT", "DeiT", "Swin", "MobileNetV4", "RegNet", "MLP-Mixer"}
@@ -33,6 +33,10 @@ def test_the_page_says_what_the_list_says() -> None:
     passing, failing = (re.findall(r"^\| ([^|]+) \| `([^`]+)`", part, re.MULTILINE) for part in (good, bad))
     assert passing == [(a.family, a.name) for a in ARCHITECTURES if not a.refusal]
     assert failing == [(a.family, a.name) for a in ARCHITECTURES if a.refusal]
+
+
+def test_what_outcomes_depend_on_is_there() -> None:
+    assert [name for name in DECIDING if not (ROOT / name).is_file()] == []
 
 
 def test_enough_families_pass() -> None:

@@ -54,7 +54,7 @@ DECIDING = (
         f"export/{name}"
         for name in ("graph.py", "onnx.py", "operators.py", "source.py", "tensorrt.py", "tensorrt_operators.yaml")
     ),
-    *(f"train/{name}.py" for name in ("backbone", "mc", "stages")),
+    *(f"train/models/{name}.py" for name in ("backbone", "mc", "stages")),
     "tests/zoo/trial.py",
 )
 """The files that a kept outcome depends on, beside the packages."""
