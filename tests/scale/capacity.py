@@ -4,10 +4,10 @@
     python -m tests.scale.capacity --docs docker     also capacity.svg and the tables of CAPACITY.md
 
 Calibration, by a client for each replica that asks again as soon as it is answered: one replica alone; one on each
-core, for how much they slow each other down; one more, for what sharing a core costs. And all, each asked now and
-then, for what a picture takes that finds its replica idle. Predicted from that, and compared: four replicas on the
-same cores under load, in a closed loop and in open ones. Calibration and runs take turns, so that both see the same
-machine; what else it does stands beside the figures.
+core, for how much they slow each other down; all, for what sharing the cores costs. And all, each asked now and then,
+for what a picture takes that finds its replica idle. Predicted from that, and compared: four replicas on the same
+cores with queues before them, in a closed loop and in open ones. Calibration and runs take turns, so that both see
+the same machine; what else it does stands beside the figures.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -108,7 +108,7 @@ class Results:
     slowdown: float
     """Of it where every core has a replica that is busy."""
     sharing: float
-    """What is left of the cores' speed where more replicas are busy than there are cores."""
+    """What it takes where more replicas are busy than there are cores, over its fair share of them."""
     others: float
     """Threads of other programs that wanted the cores meanwhile."""
     rate: float
@@ -163,15 +163,16 @@ class Replicas:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What the simulation is told: visits of few replicas, and of idle ones."""
+    """What the simulation is told: visits of few replicas, of all without a queue, and of idle ones."""
 
     cores: int
+    replicas: int
     alone: list[Visit] = field(default_factory=list)
     """One replica, always busy."""
     busy: list[Visit] = field(default_factory=list)
     """One on every core."""
     sharing: list[Visit] = field(default_factory=list)
-    """One more than there are cores."""
+    """All, more than there are cores."""
     sparse: list[Visit] = field(default_factory=list)
     """All, each asked so seldom that it has nothing to do."""
 
@@ -181,9 +182,9 @@ class Calibration:
         # evenly less with each core that is busy
         least = min(1.0, float(warm.mean() / _seconds(self.busy).mean()))
         speeds = tuple(np.linspace(1.0, least, self.cores).tolist()) if self.cores > 1 else (1.0,)
-        fair = Service(warm, cold, speeds, others=others).speed(self.cores + 1)
-        shared = float(warm.mean() / _seconds(self.sharing).mean())
-        return Service(warm, cold, speeds, min(1.0, shared / fair), others)
+        fair = Service(warm, cold, speeds, others=others)
+        shared = _seconds(self.sharing) * fair.speed(self.replicas) / warm.mean()
+        return replace(fair, shared=shared)
 
 
 def _seconds(visits: Sequence[Visit]) -> NDArray[np.float64]:
@@ -220,8 +221,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.scale.capacity", description=__doc__.split("\n\n")[0])
     parser.add_argument("--model", default="lite0", help="lite0, tiny or a bundle's directory")
     parser.add_argument("--replicas", type=int, default=4)
-    parser.add_argument("--seconds", type=float, default=15.0, help="of each open loop; of the others a third")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=20.0, help="of each open loop; of the others a third")
+    parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--open", nargs="+", type=float, default=[0.5, 0.7], metavar="SHARE", help="of the capacity")
     parser.add_argument("--rate", type=float, default=10_000, help="requests a second to project to; 0 for none")
     parser.add_argument("--out", type=Path, default=ROOT / "build/bench/capacity.json")
@@ -250,7 +251,7 @@ def compare(given: argparse.Namespace) -> tuple[Results, Service]:
     picture = pictures.picture(bundle)
     server = servers.trivium(bundle, 1, picture, pictures.expected(bundle, picture.pixels))
     cores = min(usable_cpus(), given.replicas)
-    seen = Calibration(cores)
+    seen = Calibration(cores, given.replicas)
     closed: list[Visit] = []
     opened: dict[float, list[Visit]] = {}
     with ExitStack() as stack:
@@ -263,7 +264,7 @@ def compare(given: argparse.Namespace) -> tuple[Results, Service]:
         for _ in range(given.rounds):
             seen.alone.append(replicas.visit(1, 1, given.seconds / 3))
             seen.busy.append(replicas.visit(cores, 1, given.seconds / 3))
-            seen.sharing.append(replicas.visit(cores + 1, 1, given.seconds / 3))
+            seen.sharing.append(replicas.visit(given.replicas, 1, given.seconds / 3))
             seen.sparse.append(replicas.visit(given.replicas, 1, given.seconds, SPARSE_RATE * given.replicas))
             if not opened:
                 # the rates of all rounds
@@ -282,7 +283,7 @@ def compare(given: argparse.Namespace) -> tuple[Results, Service]:
         service_ms=1e3 * float(service.seconds.mean()),
         cold_ms=1e3 * float(_seconds(seen.sparse).mean()),
         slowdown=1 / service.speeds[-1],
-        sharing=service.sharing,
+        sharing=1.0 if service.shared is None else float(service.shared.mean()),
         others=service.others,
         rate=given.rate,
     )
@@ -327,7 +328,7 @@ def project(results: Results, service: Service) -> None:
     # on cores of its own, all of them busy, a picture takes its CPU time, and varies as it was measured to
     scale = 1e-3 * results.cpu_ms * results.slowdown / service.seconds.mean()
     cold = scale * (service.seconds if service.cold is None else service.cold)
-    dedicated = Service(scale * service.seconds, cold, (1.0,) * WORKERS)
+    dedicated = Service(scale * service.seconds, cold, speeds=(1.0,) * WORKERS)
     # where there are enough, most find a worker that is idle
     needed = results.rate * float(cold.mean()) / WORKERS
     plan = partial(Plan, service=dedicated, workers=WORKERS)

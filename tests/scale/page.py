@@ -30,9 +30,9 @@ def tables(results: Results) -> str:
     lines = [
         f"{results.model} on {results.cores} cores: one picture costs {results.cpu_ms:.1f} CPU-ms and takes "
         f"{results.service_ms:.1f} ms of a replica that comes from another, {results.cold_ms:.1f} ms of one that was "
-        f"idle; {results.slowdown:.2f} times that where every core is busy; where more replicas are busy than there "
-        f"are cores, {1 - results.sharing:.0%} of their speed is lost; {results.others:.1f} threads of other programs "
-        f"want the cores. {results.replicas} replicas of one worker:",
+        f"idle; {results.slowdown:.2f} times that where every core is busy, {results.sharing:.2f} times its fair share "
+        f"where cores are shared; {results.others:.1f} threads of other programs want them. {results.replicas} replicas "
+        "of one worker:",
         "",
         "| load | requests/s, real | simulated | p50, ms, real | simulated | p99, ms, real | simulated |",
         "|---|---|---|---|---|---|---|",

@@ -39,8 +39,9 @@ class Service:
     speeds: tuple[float, ...] = (1.0,)
     """How fast each runs where 1, 2, ... run on a machine, against one alone; one for each core. More than there are
     cores share them equally."""
-    sharing: float = 1.0
-    """What of the cores' speed is left where more run than there are cores, and push each other out of the caches."""
+    shared: NDArray[np.float64] | None = None
+    """Measured where more ran than there are cores, and pushed each other out of the caches and from core to core; over
+    what fair shares of the cores would have made of it. None: nothing but fair shares."""
     others: float = 0.0
     """Threads of other programs that want the same cores, as fair shares of them go."""
 
@@ -48,7 +49,7 @@ class Service:
         cores = len(self.speeds)
         if running <= cores:
             return self.speeds[running - 1]
-        return self.speeds[-1] * self.sharing * (cores + self.others) / (running + self.others)
+        return self.speeds[-1] * (cores + self.others) / (running + self.others)
 
 
 class Job:
@@ -64,26 +65,39 @@ class Job:
         self.replica: Replica | None = None
 
 
+class Drawn:
+    """Measurements, one after the other at random."""
+
+    def __init__(self, measured: NDArray[np.float64], rng: np.random.Generator) -> None:
+        self._measured, self._rng = measured, rng
+        self._next: list[float] = []
+
+    def next(self) -> float:
+        if not self._next:
+            self._next = self._rng.choice(self._measured, BLOCK).tolist()
+        return self._next.pop()
+
+
 class Machine:
     """Cores that all work on it shares equally; its own clock shows how much each has been given."""
 
     def __init__(self, env: simpy.Environment, service: Service, rng: np.random.Generator) -> None:
-        self._env, self._service, self._rng = env, service, rng
+        self._env, self._service = env, service
         self._clock = self._since = 0.0
         self._ends: list[tuple[float, int, Job]] = []
         self._turn = self._serial = 0
-        warm = service.seconds
-        self._measured = (warm, warm if service.cold is None else service.cold)
-        self._drawn: tuple[list[float], list[float]] = [], []
+        self._warm = Drawn(service.seconds, rng)
+        self._cold = self._warm if service.cold is None else Drawn(service.cold, rng)
+        self._shared = Drawn(np.ones(1) if service.shared is None else service.shared, rng)
 
     def begin(self, job: Job, *, cold: bool) -> None:
         """Give it a share of the cores; cold: its worker had nothing to do before."""
         self._advance()
-        drawn = self._drawn[cold]
-        if not drawn:
-            drawn += self._rng.choice(self._measured[cold], BLOCK).tolist()
+        seconds = (self._cold if cold else self._warm).next()
+        if len(self._ends) >= len(self._service.speeds):
+            seconds *= self._shared.next()
         self._serial += 1
-        heappush(self._ends, (self._clock + drawn.pop(), self._serial, job))
+        heappush(self._ends, (self._clock + seconds, self._serial, job))
         self._foresee()
 
     def drop(self, jobs: set[Job]) -> None:

@@ -52,22 +52,29 @@ def test_calibration_is_of_few_replicas_and_of_idle_ones() -> None:
     def visits(seconds: float) -> list[Visit]:
         return [Visit(np.full(10, seconds), 0.0, 0.0, 3.0)]
 
-    # three share two cores with three others: five shared them before, now six, and a tenth is lost besides
-    sharing = visits(0.0125 * 6 / 5 / 0.9)
-    service = Calibration(2, visits(0.010), visits(0.0125), sharing, visits(0.013)).service()
+    # four share two cores with three others: five shared them before, now seven, and a tenth is lost besides
+    sharing = visits(0.0125 * 7 / 5 / 0.9)
+    service = Calibration(2, 4, visits(0.010), visits(0.0125), sharing, visits(0.013)).service()
     assert service.speeds == (1.0, pytest.approx(0.8))
     assert service.others == 3.0
-    assert service.sharing == pytest.approx(0.9)
-    assert service.cold is not None
-    assert service.cold.mean() == pytest.approx(0.013)
-    assert service.speed(4) == pytest.approx(0.8 * 0.9 * 5 / 7)
-    assert replace(service, others=0.0).speed(4) == pytest.approx(0.8 * 0.9 / 2)
+    assert service.shared == pytest.approx(1 / 0.9)
+    assert service.cold == pytest.approx(0.013)
+    assert service.speed(4) == pytest.approx(0.8 * 5 / 7)
+    assert replace(service, others=0.0).speed(4) == pytest.approx(0.4)
     alone = visits(0.010)
-    assert Calibration(1, alone, alone, visits(0.02), alone).service().speeds == (1.0,)
+    assert Calibration(1, 2, alone, alone, visits(0.02), alone).service().speeds == (1.0,)
+
+
+def test_work_on_shared_cores_takes_what_was_measured_there() -> None:
+    service = Service(np.full(1, 0.010), shared=np.array([1.5]), speeds=(1.0, 1.0))
+    apart = closed_loop(service, 2, 1, 1).latencies
+    assert apart == pytest.approx(0.010)
+    crowd = closed_loop(service, 4, 1, 10)
+    assert len(crowd.latencies) / 10 == pytest.approx(200 / 1.5, rel=0.02)
 
 
 def test_a_worker_that_was_idle_takes_the_cold_time() -> None:
-    service = Service(np.full(1, 0.010), np.full(1, 0.013), FOUR)
+    service = Service(np.full(1, 0.010), np.full(1, 0.013), speeds=FOUR)
     busy = closed_loop(service, 1, 1, 1).latencies
     assert busy[0] == pytest.approx(0.013), "the first"
     assert busy[1:] == pytest.approx(0.010), "the client asks again at once"
@@ -141,7 +148,7 @@ def results() -> Results:
         "p99_ms": [10.0, None, 12.0], "replicas": [1, 1, 2], "asked": 250, "lost": 5, "failures": {"UNAVAILABLE": 1},
     }  # fmt: skip
     return Results(
-        "lite0", 2, 4, 9.0, 9.5, 11.0, 1.1, 0.9, 0.1, 10_000, [one], {"real": quantiles, "simulated": quantiles},
+        "lite0", 2, 4, 9.0, 9.5, 11.0, 1.1, 1.1, 0.1, 10_000, [one], {"real": quantiles, "simulated": quantiles},
         [Steady(0.7, 36, 10.0, 20.0, 12, 0)], scaling,
     )  # fmt: skip
 
