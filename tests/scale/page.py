@@ -31,8 +31,8 @@ def tables(results: Results) -> str:
         f"{results.model} on {results.cores} cores: one picture costs {results.cpu_ms:.1f} CPU-ms and takes "
         f"{results.service_ms:.1f} ms of a replica that comes from another, {results.cold_ms:.1f} ms of one that was "
         f"idle; {results.slowdown:.2f} times that where every core is busy, {results.sharing:.2f} times its fair share "
-        f"where cores are shared; {results.others:.1f} threads of other programs want them. {results.replicas} replicas "
-        "of one worker:",
+        f"where cores are shared; {results.others:.1f} threads of other programs want them. {results.replicas} "
+        "replicas of one worker:",
         "",
         "| load | requests/s, real | simulated | p50, ms, real | simulated | p99, ms, real | simulated |",
         "|---|---|---|---|---|---|---|",
