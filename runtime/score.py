@@ -6,7 +6,7 @@ import argparse
 import gc
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,14 +14,13 @@ from .cli import positive
 from .scoring import pool
 from .scoring.work import PART_ROWS
 
-ALONE = {"OMP_NUM_THREADS": "1"}
-"""Environment of processes that share the cores with their like: libraries start no threads when they are loaded."""
+THREADS = "OMP_NUM_THREADS"
 
 
 def main() -> None:
     """Score what is not scored yet; exit status 1 where no picture at all could be read."""
     arguments = _arguments()
-    with environment(ALONE if arguments.engine == "processes" else {}):
+    with one_thread():
         if arguments.engine == "processes":
             pool.prepare()
         # not above: while the pool loads what every scoring process needs, this one loads what it needs itself
@@ -32,15 +31,16 @@ def main() -> None:
 
 
 @contextmanager
-def environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """Variables for what is started and loaded meanwhile, save those that are set."""
-    added = {name: value for name, value in variables.items() if name not in os.environ}
-    os.environ.update(added)
+def one_thread() -> Iterator[None]:
+    """Have libraries that are loaded meanwhile, here and in the pool, start no threads, if the user does not say."""
+    if THREADS in os.environ:
+        yield
+        return
+    os.environ[THREADS] = "1"
     try:
         yield
     finally:
-        for name in added:
-            del os.environ[name]
+        del os.environ[THREADS]
 
 
 def _arguments() -> argparse.Namespace:
