@@ -38,18 +38,17 @@ class Scorer:
 
     def score(self, chunk: Chunk) -> Scored:
         """Raises: EngineError where the engine fails; what is wrong with a picture stands in its row."""
-        # all are decoded first: code and data of either half stay in the caches
+        # step by step: the code and data of each stay in the caches
         start = thread_time()
         images = [self._decoded(picture) for picture in chunk.pictures]
-        decode, compute = thread_time() - start, 0.0
+        decoded = thread_time()
+        found = [image if isinstance(image, str) else self._predictor.engine.run(image[None]) for image in images]
+        compute = thread_time() - decoded
         rows: list[Row] = []
-        for picture, image in zip(chunk.pictures, images, strict=True):
-            if isinstance(image, str):
-                rows.append(Row(picture.path, picture.key, error=image))
+        for picture, statistics in zip(chunk.pictures, found, strict=True):
+            if isinstance(statistics, str):
+                rows.append(Row(picture.path, picture.key, error=statistics))
                 continue
-            start = thread_time()
-            statistics = self._predictor.engine.run(image[None])
-            compute += thread_time() - start
             try:
                 answer = self._predictor.answer(statistics, self._router, Timings(), self._terms)
             except EngineError as error:
@@ -71,7 +70,7 @@ class Scorer:
                     shift_score=answer.shift_score,
                 )
             )
-        return Scored(chunk.start, rows, decode, compute, process_time(), self._name)
+        return Scored(chunk.start, rows, decoded - start, compute, process_time(), self._name)
 
     def _decoded(self, picture: Picture) -> NDArray[np.uint8] | str:
         """The model's input, or what is wrong with the picture."""
