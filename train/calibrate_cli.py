@@ -53,7 +53,10 @@ def main() -> None:
     root = Path(given.bundle)
     with contextlib.nullcontext(root) if given.out is None else staging(given.out) as target:
         if given.out is not None:
-            shutil.copytree(root, target, dirs_exist_ok=True)
+            # file by file: of a folder that nobody may write to, the copy is to be rewritten
+            for name in [MANIFEST, *(file.path for file in predictor.manifest.files)]:
+                (target / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(root / name, target / name)
         with bar(console, "calibrating") as progress:
             found = calibrate_bundle(
                 predictor, pictures, settings, limit=given.pictures, order=order, progress=progress
